@@ -1,0 +1,591 @@
+"""Data and evaluation of 02_reflow.py: procedural shapes, image folders of every odd kind, Fréchet distances."""
+
+import hashlib
+import http.server
+import math
+import os
+import threading
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from PIL import Image, PngImagePlugin
+from scipy.linalg import sqrtm
+
+m = load("02_reflow")
+
+
+def settings(data, **other):
+    """A config with only what load_data reads."""
+    return SimpleNamespace(**(dict(data=str(data), image_size=16, data_size=50, seed=0, download=False,
+                                   data_dir="data") | other))
+
+
+def picture(path, colour=(200, 30, 30), mode="RGB", size=(40, 24), **save):
+    """Save a picture of one colour and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **save)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_have_the_promised_types_and_depend_on_the_seed_alone():
+    state = torch.get_rng_state()
+    images, labels, captions = m.shapes(300, 16, seed=3)
+    assert images.shape == (300, 3, 16, 16) and images.dtype == torch.uint8
+    assert labels.shape == (300,) and labels.dtype == torch.int64 and len(captions) == 300
+    assert set(labels.tolist()) == set(range(len(m.SHAPES)))
+    again = m.shapes(300, 16, seed=3)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1]) and captions == again[2]
+    assert not torch.equal(images, m.shapes(300, 16, seed=4)[0])
+    assert torch.equal(state, torch.get_rng_state())        # the global generator is left alone
+
+
+def test_shape_i_does_not_depend_on_n():
+    many, few = m.shapes(5000, 16), m.shapes(7, 16)         # 5000 is more than one chunk
+    assert torch.equal(many[0][:7], few[0]) and many[2][:7] == few[2]
+    assert m.shapes(0, 16)[0].shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_captions_match_the_pixels(size):
+    """The colour named is at the shape's centre of mass; the frame is background; label and caption agree."""
+    images, labels, captions = m.shapes(400, size, seed=1)
+    frame = torch.ones(size, size, dtype=torch.bool)
+    frame[1:-1, 1:-1] = False
+    for image, label, caption in zip(images, labels, captions):
+        _, colour, shape, _, _, background, _ = caption.split()
+        assert shape == m.SHAPES[label]
+        ground = torch.tensor(m.BACKGROUNDS[background], dtype=torch.uint8)
+        assert (image[:, frame] == ground[:, None]).all()               # the shape is wholly inside
+        row, column = (image != ground[:, None, None]).any(0).nonzero().double().mean(0).round().long()
+        assert image[:, row, column].tolist() == list(m.COLOURS[colour])
+        assert tuple(m.COLOURS[colour]) != tuple(m.BACKGROUNDS[background])
+
+
+def test_shapes_cover_the_area_that_geometry_says():
+    """Anti-aliasing by signed distance conserves area: sum of coverage against the exact area, in square pixels."""
+    pixel = torch.arange(64) + 0.5 - 32.3
+    x, y = pixel[None, :], pixel[:, None]
+    r = torch.tensor(20.0)
+    areas = (0.5 - m.shape_distances(x, y, r)).clamp(0, 1).sum((1, 2))
+    arm = 0.35 * 20
+    exact = torch.tensor([math.pi * 400, 4 * 18**2, 40 * 40 / 2, 4 * (2 * 20 * arm - arm**2)])
+    assert torch.allclose(areas, exact, rtol=0.02)
+
+
+def test_all_combinations_occur_equally_often():
+    captions = m.shapes(12000, 16)[2]
+    counts = [captions.count(caption) for caption in set(captions)]
+    kinds = len(m.SHAPES) * len(m.COLOURS) * len(m.BACKGROUNDS)
+    assert len(counts) == kinds and max(abs(c - 12000 / kinds) for c in counts) < 5 * (12000 / kinds) ** 0.5
+
+
+def test_load_data_gives_the_shapes_of_the_seed():
+    images, labels, names = m.load_data(settings("shapes", seed=5))
+    assert torch.equal(images, m.shapes(50, 16, 5)[0]) and names == list(m.SHAPES) and len(labels) == 50
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image folders
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read(folder, cache, size=16):
+    """load_folder as load_data calls it, with every type checked."""
+    images, labels, names = m.load_data(settings(folder, image_size=size), cache=str(cache))
+    assert images.dtype == torch.uint8 and images.shape == (len(labels), 3, size, size) and images.is_contiguous()
+    assert labels.dtype == torch.int64 and names == sorted(names) and set(labels.tolist()) == set(range(len(names)))
+    return images, labels, names
+
+
+def ramp16(path):
+    """16-bit grey picture: left half a quarter of full scale, right half full scale."""
+    array = np.full((16, 16), 65535, np.uint16)
+    array[:, :8] = 64 * 257
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def test_colour_modes_arrive_as_rgb(tmp_path):
+    red = (200, 30, 30)
+    palette = Image.new("RGB", (20, 20), red).quantize(4)
+    cases = {
+        "plain": (picture(tmp_path / "plain.png", red), red),
+        "bmp": (picture(tmp_path / "plain.bmp", red), red),
+        "webp": (picture(tmp_path / "plain.webp", red, lossless=True), red),
+        "grey": (picture(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
+        "bilevel": (picture(tmp_path / "bilevel.png", 1, "1"), (255, 255, 255)),
+        "cmyk": (picture(tmp_path / "cmyk.jpg", (0, 255, 255, 0), "CMYK"), (255, 0, 0)),
+        "clear": (picture(tmp_path / "clear.png", (*red, 0), "RGBA"), (255, 255, 255)),
+        "half": (picture(tmp_path / "half.png", (0, 0, 0, 128), "RGBA"), (127, 127, 127)),
+        "grey alpha": (picture(tmp_path / "la.png", (0, 0), "LA"), (255, 255, 255)),
+        "one pixel": (picture(tmp_path / "tiny.png", red, size=(1, 1)), red),
+        "sliver": (picture(tmp_path / "sliver.png", red, size=(1, 500)), red),
+    }
+    palette.save(tmp_path / "palette.png")
+    cases["palette"] = (tmp_path / "palette.png", red)
+    palette.save(tmp_path / "holes.gif", transparency=palette.getpixel((0, 0)))
+    cases["transparent palette"] = (tmp_path / "holes.gif", (255, 255, 255))
+    for name, (path, colour) in cases.items():
+        image = m.decode(path, 8)
+        assert image is not None and image.dtype == np.uint8 and image.shape == (3, 8, 8), name
+        assert abs(image.astype(int) - np.reshape(colour, (3, 1, 1))).max() <= 2, name
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+    for suffix in ("png", "tiff"):
+        image = m.decode(ramp16(tmp_path / f"deep.{suffix}"), 16)
+        assert (image[:, :, :8] == 64).all() and (image[:, :, 8:] == 255).all()
+
+
+def test_exif_orientation_is_obeyed(tmp_path):
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:8] = 255                                         # stored: white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # to be shown turned by 90 degrees clockwise
+    Image.fromarray(array).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    image = m.decode(tmp_path / "turned.jpg", 16).astype(int)
+    assert image[:, :, 9:].min() > 200 and image[:, :, :7].max() < 50       # shown: white on the right
+
+
+def test_short_side_is_resized_and_the_centre_kept(tmp_path):
+    array = np.zeros((20, 60, 3), np.uint8)
+    array[:, 20:40, 1] = 255                                # the central square is green
+    Image.fromarray(array).save(tmp_path / "wide.png")
+    image = m.decode(tmp_path / "wide.png", 10)
+    assert (image[1] == 255).all() and (image[[0, 2]] == 0).all()
+    same = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(same).save(tmp_path / "same.png")       # nothing to resize: not a bit changes
+    assert (m.decode(tmp_path / "same.png", 16) == same.transpose(2, 0, 1)).all()
+
+
+def test_shrinking_averages_fine_detail(tmp_path):
+    Image.fromarray(np.indices((256, 256)).sum(0).astype(np.uint8) % 2 * 255).save(tmp_path / "checks.png")
+    assert abs(m.decode(tmp_path / "checks.png", 16).astype(int) - 127).max() < 8
+    Image.open(tmp_path / "checks.png").resize((2048, 2048)).convert("RGB").save(tmp_path / "large.jpg")
+    assert m.decode(tmp_path / "large.jpg", 16).shape == (3, 16, 16)        # through the JPEG decoder's own shrinking
+
+
+@pytest.fixture
+def messy(tmp_path):
+    """Two classes with good files, nested ones, odd names, and everything that is no image. Returns the folder."""
+    folder = tmp_path / "my photos"
+    for i in range(3):
+        picture(folder / "zebra" / f"{i}.png", (10 * i, 0, 0))
+    picture(folder / "äpfel 🍎" / "deep" / "er" / "grün.jpg", (0, 250, 0))
+    good = picture(folder / "äpfel 🍎" / "noise.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)).save(good)
+    (folder / "zebra" / "cut.jpg").write_bytes(good.read_bytes()[:3000])
+    (folder / "zebra" / "text.jpg").write_text("this is no photograph")
+    (folder / "zebra" / "empty.png").touch()
+    (folder / "zebra" / "notes.txt").write_text("hello")
+    (folder / "zebra" / "gone.png").symlink_to(folder / "nowhere.png")
+    picture(folder / "zebra" / ".hidden.png")
+    picture(folder / ".thumbnails" / "x.png")
+    (folder / "empty class").mkdir()
+    picture(folder / "beside.png")
+    return folder
+
+
+def test_a_messy_folder_loads_what_it_can_and_names_the_rest(messy, tmp_path, capsys):
+    images, labels, names = read(messy, tmp_path / "cache")
+    assert names == ["zebra", "äpfel 🍎"] and sorted(labels.tolist()) == [0, 0, 0, 1, 1]
+    assert sorted(images[labels == 0][:, 0, 0, 0].tolist()) == [0, 10, 20]
+    first = capsys.readouterr().err
+    assert first.count("\n") == 1 and "skipped 6 files" in first and "beside.png" in first and "..." in first
+    again = read(messy, tmp_path / "cache")
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1]) and names == again[2]
+    assert capsys.readouterr().err == first                 # a cached run says it again
+
+
+def test_a_clean_folder_prints_nothing(tmp_path, capsys):
+    picture(tmp_path / "data" / "a" / "1.png")
+    read(tmp_path / "data", tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_images_without_sub_folders_are_one_class(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "flat" / f"{i}.png")
+    images, labels, names = read(tmp_path / "flat", tmp_path / "cache")
+    assert len(images) == 3 and names == ["flat"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    picture(tmp_path / "data" / "a" / "1.png")
+    os.mkfifo(tmp_path / "data" / "a" / "pipe.png")
+    assert len(read(tmp_path / "data", tmp_path / "cache")[0]) == 1
+
+
+def test_names_that_are_not_unicode(tmp_path):
+    folder = tmp_path / "data" / "a"
+    picture(folder / "1.png")
+    try:
+        os.rename(folder / "1.png", os.fsencode(folder) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes unicode names only")
+    for _ in range(2):
+        assert len(read(tmp_path / "data", tmp_path / "cache")[0]) == 1
+
+
+def test_pillows_guard_against_bombs_is_obeyed(tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "data" / "a" / "small.png", size=(10, 10))
+    picture(tmp_path / "data" / "a" / "bomb.png", size=(100, 100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)    # an error is raised at twice this
+    assert len(read(tmp_path / "data", tmp_path / "cache")[0]) == 1
+    assert "bomb.png" in capsys.readouterr().err
+
+
+def test_a_text_chunk_that_explodes_is_skipped(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 70_000_000, zip=True)    # Pillow refuses texts above its limit when reading
+    picture(tmp_path / "chunk.png", size=(2, 2), pnginfo=info)
+    assert m.decode(tmp_path / "chunk.png", 8) is None
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda folder: None, "no such folder"),
+    (lambda folder: folder.write_text("a file"), "no such folder"),
+    (lambda folder: folder.mkdir(), "no readable image"),
+    (lambda folder: (folder / "a").mkdir(parents=True), "no readable image"),
+    (lambda folder: [(folder / "a").mkdir(parents=True), (folder / "a" / "x.jpg").write_text("x")], "no readable image"),
+    (lambda folder: [picture(folder / "a" / "x.png"), (folder / "a" / "up").symlink_to(folder)], "links"),
+], ids=["missing", "a file", "empty", "empty class", "no image", "link to a parent"])
+def test_a_bad_folder_is_one_line_and_leaves_nothing(tmp_path, make, words):
+    make(tmp_path / "data")
+    with pytest.raises(m.UserError, match=words) as error:
+        read(tmp_path / "data", tmp_path / "cache")
+    assert str(tmp_path / "data") in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
+    picture(tmp_path / "data" / "a" / "x.png")
+    scandir = os.scandir
+
+    def refuse(path):       # chmod would not stop root
+        if str(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(m.UserError, match="cannot read .*a: Permission denied"):
+        read(tmp_path / "data", tmp_path / "cache")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list of the paths that were really decoded."""
+    paths, decode = [], m.decode
+    monkeypatch.setattr(m, "decode", lambda path, size: [paths.append(path), decode(path, size)][1])
+    return paths
+
+
+def test_the_second_load_decodes_nothing(messy, tmp_path, decoded):
+    read(messy, tmp_path / "cache")
+    assert decoded
+    decoded.clear()
+    read(messy, tmp_path / "cache")
+    assert not decoded
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]     # nothing half-written beside it
+
+
+@pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "size", "touched"])
+def test_any_change_decodes_again(messy, tmp_path, decoded, change):
+    read(messy, tmp_path / "cache")
+    decoded.clear()
+    file = messy / "zebra" / "0.png"
+    if change == "content":
+        picture(file, (0, 0, 99))
+    elif change == "added":
+        picture(messy / "new" / "9.png")
+    elif change == "removed":
+        file.unlink()
+    elif change == "renamed":
+        file.rename(messy / "zebra" / "7.png")
+    elif change == "touched":
+        os.utime(file, ns=(1, 1))
+    images, labels, names = read(messy, tmp_path / "cache", size=8 if change == "size" else 16)
+    assert decoded and len(names) == 2 + (change == "added")
+    assert len(images) == {"added": 6, "removed": 4}.get(change, 5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a zip file", "half", "bit", "pickle"])
+def test_a_broken_cache_is_rebuilt(messy, tmp_path, decoded, damage):
+    images, _, _ = read(messy, tmp_path / "cache")
+    [file] = (tmp_path / "cache").iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "half":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit":
+        content[400] ^= 255                                 # inside the images: the zip's checksum notices
+        file.write_bytes(content)
+    elif damage == "pickle":
+        np.savez(file, images=np.array([print], dtype=object))          # refused: allow_pickle=False
+    else:
+        file.write_bytes(damage)
+    decoded.clear()
+    assert torch.equal(read(messy, tmp_path / "cache")[0], images) and decoded
+    decoded.clear()
+    read(messy, tmp_path / "cache")
+    assert not decoded
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(messy, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(m.UserError, match="cannot write"):
+        read(messy, tmp_path / "cache")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CIFAR-10
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_cifar10_is_not_downloaded_unasked(tmp_path):
+    with pytest.raises(m.UserError, match="--download") as error:
+        m.load_data(settings("cifar10", data_dir=str(tmp_path / "nowhere")))
+    assert str(tmp_path / "nowhere") in str(error.value)
+
+
+def test_a_failing_cifar10_download_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(m.torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")  # nobody listens
+    with pytest.raises(m.UserError, match="download failed") as error:
+        m.load_data(settings("cifar10", data_dir=str(tmp_path), download=True))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_cifar10_arrays_become_tensors(monkeypatch, size):
+    data = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    fake = SimpleNamespace(data=data, targets=[3, 1, 2, 0, 1, 1], classes=list("abcd"))
+    monkeypatch.setattr(m.torchvision.datasets, "CIFAR10", lambda folder, train, download: fake)
+    images, labels, names = m.load_data(settings("cifar10", image_size=size))
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, size, size) and images.is_contiguous()
+    assert labels.tolist() == fake.targets and labels.dtype == torch.int64 and names == fake.classes
+    if size == 32:
+        assert (images.permute(0, 2, 3, 1).numpy() == data).all()
+    else:       # resizing keeps the mean and, with anti-aliasing, loses variance
+        assert abs(images.float().mean() - data.mean()) < 2 and images.float().std() < 0.7 * data.std()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fréchet distance
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def gaussian(n, mean, root, seed=0):
+    """n draws of N(mean, root rootᵀ) whose sample mean and covariance are exactly that."""
+    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x - x.mean(0)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)))
+    return torch.as_tensor(mean, dtype=torch.float64) + x @ whiten.T @ torch.as_tensor(root, dtype=torch.float64).T
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    eye = torch.eye(3).double()
+    a = gaussian(500, [0, 0, 0], eye)
+    assert m.frechet_distance(a, gaussian(700, [1, -2, 2], eye, 1)) == pytest.approx(9, abs=1e-9)   # |difference|²
+    scales = torch.tensor([1.0, 3.0, 0.5]).double()         # commuting: sum of (σa - σb)²
+    assert m.frechet_distance(a, gaussian(500, [0, 0, 0], scales.diag(), 2)) == pytest.approx(4.25, abs=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(5)).double())[0]
+    turned = gaussian(500, [0, 1, 0], turn @ scales.diag() @ turn.T, 3)
+    assert m.frechet_distance(a, turned) == pytest.approx(5.25, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_frechet_distance_agrees_with_scipy(seed):
+    generator = np.random.default_rng(seed)
+    a, b = generator.normal(size=(200, 12)) @ generator.normal(size=(12, 12)), generator.normal(size=(90, 12)) + 0.3
+    covariances = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances))
+    expected -= 2 * np.trace(sqrtm(covariances[0] @ covariances[1])).real
+    assert m.frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_invariances():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 8, generator=generator), 1.5 * torch.randn(200, 8, generator=generator) + 0.2
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    distance = m.frechet_distance(a, b)
+    assert isinstance(distance, float) and distance > 0
+    assert m.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert m.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
+    assert m.frechet_distance(a[torch.randperm(300, generator=generator)], b) == pytest.approx(distance, rel=1e-6)
+    assert m.frechet_distance(a @ turn + 5, b @ turn + 5) == pytest.approx(distance, rel=1e-4)     # float32 input
+    assert m.frechet_distance(3 * a, 3 * b) == pytest.approx(9 * distance, rel=1e-5)
+
+
+def test_frechet_distance_of_singular_covariances():
+    """Fewer samples than features, and constant features: where (cov_a cov_b)^½ by sqrtm turns complex or nan."""
+    a = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    assert m.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert m.frechet_distance(torch.zeros(5, 64), torch.ones(5, 64)) == pytest.approx(64)
+    assert m.frechet_distance(a, a + 1) == pytest.approx(64, rel=1e-6)
+    assert m.frechet_distance(a, a * float("nan")) == math.inf
+
+
+def test_frechet_distance_names_wrong_shapes():
+    with pytest.raises(ValueError, match=r"\(5, 4\) and \(5, 3\)"):
+        m.frechet_distance(torch.zeros(5, 4), torch.zeros(5, 3))
+    for shape in [(4,), (1, 4), (2, 3, 4)]:
+        with pytest.raises(ValueError, match="N >= 2"):
+            m.moments(torch.zeros(shape))
+
+
+def test_moments_are_mean_and_covariance():
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    mean, cov = m.moments(x)
+    assert mean.dtype == cov.dtype == torch.float64
+    assert torch.allclose(mean, x.double().mean(0)) and torch.allclose(cov, torch.cov(x.double().T))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_random_features_are_the_same_whatever_was_drawn_before():
+    images = m.shapes(5, 16)[0] / 127.5 - 1
+    torch.manual_seed(1)
+    first = m.RandomFeatures()(images)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(first, m.RandomFeatures()(images)) and torch.equal(state, torch.get_rng_state())
+    assert first.shape == (5, 96) and not list(m.RandomFeatures().parameters())
+    assert torch.allclose(first[3:4], m.RandomFeatures()(images[3:4]), atol=1e-6)       # no image sees another
+    copied = m.RandomFeatures(seed=9)
+    copied.load_state_dict(m.RandomFeatures().state_dict())
+    assert torch.equal(first, copied(images))
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 64, 128])
+def test_random_features_take_any_power_of_two(size):
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = m.RandomFeatures()(images)
+    assert features.shape == (2, 96) and features.isfinite().all()
+
+
+def test_random_feature_distance_orders_what_the_eye_orders():
+    images = m.shapes(3000, 16)[0] / 127.5 - 1
+    train, other = images[:1500], images[1500:]
+    blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(other, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    noisy = (other + 0.5 * torch.randn(other.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    grey = train.mean(0).expand_as(other)
+    extract = m.RandomFeatures()
+    same, blurred, noise, mean = (m.frechet_distance(extract(train), extract(x)) for x in (other, blur, noisy, grey))
+    assert 5 * same < blurred < noise < mean, (same, blurred, noise, mean)
+
+
+class FakeInception(torch.nn.Module):
+    """Called as the real file is; tells which bytes it was given."""
+
+    def forward(self, images, return_features: bool = False):
+        if images.dtype != torch.uint8:
+            raise TypeError("bytes wanted")
+        features = images.flatten(1).double()
+        return features if return_features else features[:, :1]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A TorchScript file that passes for the real one. Returns its path."""
+    path = tmp_path / "origin" / "inception-2015-12-05.pt"
+    path.parent.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # newer torch would rather export than script
+        torch.jit.script(FakeInception()).save(str(path))
+    monkeypatch.setattr(m, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.fixture
+def server(fake, monkeypatch):
+    """A web server on this computer that has the file. Returns the list of requests."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(fake.parent))
+
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setattr(m, "INCEPTION_URL", f"http://127.0.0.1:{web.server_port}/{fake.name}")
+    yield requests
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def test_inception_gets_exact_bytes(fake):
+    """Every byte survives the way to [-1, 1] and back."""
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    features = m.inception_features(fake)(images / 127.5 - 1)
+    assert features.dtype == torch.float32 and torch.equal(features, images.flatten(1).float())
+    beyond = m.inception_features(fake)(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4))
+    assert beyond[0].unique().tolist() == [0] and beyond[1].unique().tolist() == [255]
+
+
+def test_a_wrong_hash_is_refused_before_loading(fake, monkeypatch):
+    monkeypatch.setattr(m, "INCEPTION_SHA256", "0" * 64)
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("loaded an unknown program"))
+    with pytest.raises(m.UserError, match="sha256") as error:
+        m.inception_features(fake)
+    assert str(fake) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_hash_in_the_script_looks_like_one():
+    assert len(m.INCEPTION_SHA256) == 64 and int(m.INCEPTION_SHA256, 16) and m.INCEPTION_URL.startswith("https://")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_missing_inception_file_is_one_line(tmp_path, named):
+    path = tmp_path / "missing.pt" if named else None
+    with pytest.raises(m.UserError, match="--download") as error:
+        m.inception_features(path, folder=tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_download_happens_once_and_only_on_request(fake, server, tmp_path):
+    with pytest.raises(m.UserError):
+        m.inception_features(None, folder=tmp_path / "data")
+    assert server == []
+    for _ in range(2):
+        extract = m.inception_features(None, download=True, folder=tmp_path / "data")
+        assert extract(torch.zeros(2, 3, 4, 4)).shape == (2, 48)
+    assert len(server) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["inception-2015-12-05.pt"]
+
+
+def test_a_wrong_download_is_not_kept(fake, server, tmp_path):
+    fake.write_bytes(b"<html>please log in</html>")
+    with pytest.raises(m.UserError, match="sha256"):
+        m.inception_features(None, download=True, folder=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/inception-2015-12-05.pt", None], ids=["no network", "not found"])
+def test_a_failing_download_is_one_line(fake, server, tmp_path, monkeypatch, url):
+    fake.unlink()
+    monkeypatch.setattr(m, "INCEPTION_URL", url or m.INCEPTION_URL)
+    with pytest.raises(m.UserError, match="no Inception network") as error:
+        m.inception_features(None, download=True, folder=tmp_path / "data")
+    assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
