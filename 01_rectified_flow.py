@@ -105,7 +105,7 @@ def flow_matching_loss(velocity, x0, x1, t):
     Raises ValueError if the pairs do not match in shape.
     """
     if x0.shape != x1.shape or t.shape != x0.shape[:1]:
-        raise ValueError(f"x0 {tuple(x0.shape)}, x1 {tuple(x1.shape)} and t {tuple(t.shape)} must be (B, *D), same, (B,)")
+        raise ValueError(f"want (B, *D) twice and (B,), got {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(t.shape)}")
     xt = interpolate(x0, x1, t)
     return (velocity(xt, t) - (x1 - x0)).square().flatten(1).mean(1)
 
@@ -558,6 +558,12 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_all():
+    """A barrier between the processes of a torchrun."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def choose_device(config):
     """cuda > mps > cpu, fast matmuls, and the other processes when torchrun started this one.  Returns torch.device."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -611,7 +617,8 @@ def replacing(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -661,8 +668,7 @@ def open_run(config, script):
             claim(folder, config, script)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot use run folder {folder} ({error}); choose another --out") from None
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     return folder
 
 
@@ -881,8 +887,7 @@ def main(config):
         if not finished.exists():
             flow = train_round(k, flows[-1] if flows else None, config, device, folder)
             save_checkpoint(finished, config=dataclasses.asdict(config), model=flow.state_dict())
-            if dist.is_initialized():
-                dist.barrier()                             # the others read the file that rank 0 wrote
+            wait_for_all()                                 # the others read the file that rank 0 writes
         flows.append(load_round(finished, config, device))
     if process()[0] == 0:
         report(flows, config, device, folder)

@@ -40,14 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 COLUMNS = ("step", "images/s", "ratio", "± %", "ms/step", "peak GB", "of matmul rate", "note")
 COMPILE_SECONDS = 120  # allowed for a compilation before the first one is measured
 
-# Per size: arguments of our UNet and of torchcfm's. "cifar" is each repository's own CIFAR-10 network.
+# Per size: settings of chapter 2's network, and arguments of torchcfm's. "cifar" is each repository's CIFAR-10 network,
+# "quick" the network of chapter 2's default run beside a torchcfm network of about its size.
 NETWORKS = {
-    "cifar": ({}, dict(dim=(3, 32, 32), num_channels=128, channel_mult=[1, 2, 2, 2], num_res_blocks=2, dropout=0.1,
-                       num_heads=4, num_head_channels=64, attention_resolutions="16")),
-    "quick": (dict(image_size=16, model_channels=16, mult=(1, 2, 4), num_blocks=1, attention=(4,)),
-              dict(dim=(3, 16, 16), num_channels=32, channel_mult=[1, 2, 2], num_res_blocks=1, dropout=0.1,
-                   num_head_channels=32, attention_resolutions="4")),
-    "smoke": (dict(image_size=8, model_channels=8, mult=(1, 2), num_blocks=1, attention=(4,)),
+    "cifar": (dict(image_size=32, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13),
+              dict(dim=(3, 32, 32), num_channels=128, channel_mult=[1, 2, 2, 2], num_res_blocks=2, dropout=0.1,
+                   num_heads=4, num_head_channels=64, attention_resolutions="16")),
+    "quick": ({}, dict(dim=(3, 16, 16), num_channels=32, channel_mult=[1, 1, 2], num_res_blocks=1, dropout=0.1,
+                       num_head_channels=32, attention_resolutions="4")),
+    "smoke": (dict(image_size=8, channels=8, mult=(1, 2), attention=(4,)),
               dict(dim=(3, 8, 8), num_channels=32, channel_mult=[1, 1], num_res_blocks=1, dropout=0.1,
                    num_head_channels=32, attention_resolutions="4")),
 }  # fmt: skip
@@ -130,7 +131,7 @@ def make_ema(net, on, decay=0.9999):
 
 def make_loss(velocity, on):
     """Rectified flow's loss E|v(x_t, t) - (x1 - x0)|² (Liu et al. 2022, eq. 1), one function for the compiler."""
-    interpolate = load("01_rectified_flow").interpolate
+    interpolate = load("02_reflow").interpolate
 
     def loss_fn(x0, x1, t):
         return (velocity(interpolate(x0, x1, t), t).float() - (x1 - x0)).square().mean()
@@ -193,18 +194,15 @@ def torchcfm_step(net, images, batch, device):
     return step
 
 
-def scripts_step(net, batch, images, device, compiled):
+def scripts_step(net, images, batch, device, compiled):
     """One step of the loop that the scripts really run, train(), to see that it reaches what the ladder promises."""
-    script = load("01_rectified_flow")
+    script, place = load("02_reflow"), torch.device(device)
     apply_globals(OURS)
     config = replace(script.Config(), batch=batch, steps=10**9, compile=compiled)
-    fast = replace(Switches(), resident=True, channels_last=device == "cuda")
-    draw = make_batches(images, fast, batch, device)
-
-    def loss_fn(model, ema, step):
-        return script.flow_matching_loss(model, *draw(), torch.rand(batch, device=device))
-
-    loop = script.train(script.place(net, torch.device(device)), loss_fn, config)
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    resident = images.to(place).contiguous(memory_format=layout)
+    loss_fn = script.pair_loss(script.draw_independent(resident, None, 0), config, place)
+    loop = script.train(script.place(net, place), loss_fn, config)
     return lambda: next(loop)
 
 
@@ -367,8 +365,9 @@ def markdown_row(cells):
 
 def shown(row):
     """The cells of a row as text, in the order of COLUMNS."""
-    formats = {"images/s": "{:,.0f}", "ratio": "{:.2f}x", "± %": "{:.1f}", "ms/step": "{:.2f}", "peak GB": "{:.2f}",
-               "of matmul rate": "{:.1%}"}  # fmt: skip
+    digits = 1 if row.get("images/s", 0) < 10 else 0
+    formats = {"images/s": f"{{:,.{digits}f}}", "ratio": "{:.2f}x", "± %": "{:.1f}", "ms/step": "{:.2f}",
+               "peak GB": "{:.2f}", "of matmul rate": "{:.1%}"}  # fmt: skip
     return [formats.get(c, "{}").format(row[c]) if row.get(c) is not None else "" for c in COLUMNS]
 
 
@@ -416,9 +415,15 @@ class Bench:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def our_network(name):
+    """Returns build() -> a fresh network of chapter 2, a velocity (x, t) -> v."""
+    script = load("02_reflow")
+    return partial(script.Flow, replace(script.Config(), **NETWORKS[name][0]), 3, 0)
+
+
 def image_shape(net):
     """(c, h, w) of the images a network takes, ours or torchcfm's."""
-    return net.shape if hasattr(net, "shape") else (net.in_channels, net.image_size, net.image_size)
+    return net.model.shape if hasattr(net, "model") else (net.in_channels, net.image_size, net.image_size)
 
 
 def random_images(net, n=2048):
@@ -534,8 +539,8 @@ def inspect_step(bench, build, images, on):
     table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=100)
     (bench.report.out / "profile.txt").write_text(table, encoding="utf-8")
     waits = sum("called a synchronizing" in str(warning.message) for warning in caught)
-    bench.report.summary(f"last rung: the CPU waited {waits} times in 5 steps; under the profiler the GPU was busy {busy:.0%} "
-                         f"of the time, {layout:.0%} with changing layouts; profile.txt lists the kernels")
+    bench.report.summary(f"last rung: the CPU waited {waits} times in 5 steps; under the profiler the GPU was busy "
+                         f"{busy:.0%} of the time, {layout:.0%} with changing layouts; profile.txt lists the kernels")
 
 
 def summarise(bench):
@@ -604,8 +609,7 @@ def gather_facts(args, rate, flops):
 def main(argv=None):
     """All stages, the cheap and the important ones first. Returns the exit code."""
     args = parse_arguments(argv)
-    ours, theirs = NETWORKS[args.network]
-    build = partial(load("02_reflow").UNet, **ours)
+    build = our_network(args.network)
     flops = training_flops(build, lambda net, x, t: net(x, t))
     size = 8192 if args.device == "cuda" else 256 if args.quick else 1024
     rate = matmul_rate(size, args.device, min(1, args.seconds))
@@ -613,9 +617,9 @@ def main(argv=None):
     bench, images = Bench(args, report, rate), random_images(build())
     passed = check_gradients(bench, build)
     on = climb(bench, build, images, flops)
-    loop = lambda: scripts_step(build(), args.batch, images, args.device, args.compile)  # noqa: E731
+    loop = lambda: scripts_step(build(), images, args.batch, args.device, args.compile)  # noqa: E731
     bench.measure_row("Ladder", "train() of the scripts", loop, flops, compiled=args.device == "cuda")
-    compare_torchcfm(bench, theirs, on)
+    compare_torchcfm(bench, NETWORKS[args.network][1], on)
     summarise(bench)
     if args.device == "cuda":
         try:

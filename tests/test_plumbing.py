@@ -1,0 +1,598 @@
+"""What every run promises: settings checked, files whole, stops and crashes without loss, mistakes told in one line.
+
+Most tests run the chapter inside this process, where the exit code and both streams are seen just as well; signals,
+kills, full disks and several processes need real ones.
+"""
+
+import csv
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load, run_script
+from PIL import Image
+
+NAME = "01_rectified_flow"
+chapter = load(NAME)
+TINY = ("--steps 20 --rounds 2 --eval-size 200 --w2-size 64 --pairs 256 --width 8 --batch 64 "
+        "--log-every 5 --checkpoint-every 5 --device cpu").split()
+FILES = {"config.json", "metrics.csv", "checkpoint.pt", "1-rf.pt", "2-rf.pt", "results.json",
+         "paths.png", "quality.png", "loss.png", "flow.gif"}
+
+# A process that runs the chapter without its figures; {spy} may change the module before.
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import load
+chapter = load({name!r})
+chapter.draw_all = lambda *arguments: None
+{spy}
+chapter.launch(chapter.main, chapter.Config)
+"""
+
+
+def start(*args, cwd, spy=None, **options):
+    """Start the script, or the driver with a spy in it, as a process of its own."""
+    code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
+    command = [str(ROOT / f"{NAME}.py")] if spy is None else ["-c", code]
+    return subprocess.Popen([sys.executable, *command, *args], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finish(process):
+    """Wait for the end.  Returns exit code, standard output, standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; runs inside this process draw no figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chapter, "draw_all", lambda *arguments: None)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, monkeypatch, capsys):
+    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            chapter.launch(chapter.main, chapter.Config)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny run of the real script.  Returns its folder and what it printed.  Copy it before changing it."""
+    cwd = tmp_path_factory.mktemp("finished")
+    result = run_script(NAME, *TINY, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / NAME / "quick", result.stdout
+
+
+def copy_run(finished, cwd):
+    """The finished run, where a run in cwd would look for it."""
+    return Path(shutil.copytree(finished[0], cwd / "runs" / NAME / "quick"))
+
+
+def one_line(err, *words):
+    """The whole of standard error is one line of ours, which holds the words."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert word in lines[0], err
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
+
+
+def same_weights(a, b):
+    return all(torch.equal(weights(a / f"{k}-rf.pt"), weights(b / f"{k}-rf.pt")) for k in (1, 2))
+
+
+def log(folder):
+    """The rows of metrics.csv without the speed, which no two runs share."""
+    return [row[:4] for row in csv.reader((folder / "metrics.csv").read_text().splitlines())]
+
+
+def leftovers(folder):
+    return [path.name for path in Path(folder).rglob("*part*")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_the_preset_and_the_preset_overrides_defaults():
+    default = chapter.parse_config(chapter.Config, [])
+    assert default == chapter.Config() and default.preset == "quick"
+    preset = chapter.Config.presets["gpu"]
+    config = chapter.parse_config(chapter.Config, ["--preset", "gpu", "--steps", "7"])
+    assert config.steps == 7 and config.preset == "gpu"
+    for name in set(preset) - {"steps"}:
+        assert getattr(config, name) == preset[name] != getattr(default, name)
+    config = chapter.parse_config(chapter.Config, ["--no-compile", "--lr", "1e-3", "--out", "a b", "--fresh"])
+    assert (config.compile, config.lr, config.out, config.fresh) == (False, 1e-3, "a b", True)
+
+
+def test_every_setting_is_a_flag_with_a_help_text(run):
+    code, out, err = run("--help")
+    assert code == 0 and not err
+    for field in chapter.dataclasses.fields(chapter.Config):
+        assert "--" + field.name.replace("_", "-") in out and field.metadata["help"].split()[0] in out
+
+
+@pytest.mark.parametrize("args", [
+    ("--stpes", "5"), ("--step", "5"), ("extra",), ("--steps",), ("--steps", "0"), ("--steps", "-3"),
+    ("--steps", "1e3"), ("--steps", "many"), ("--steps", "2.5"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"),
+    ("--lr", "fast"), ("--ema-decay", "1.5"), ("--target", "nine_gaussians"), ("--preset", "paper"), ("--rounds", "0"),
+    ("--rounds", "11"), ("--w2-size", "100000"), ("--device", "abacus"), ("--seed", "-1"), ("--seed", "9" * 30),
+    ("--lr-decay", "linear"),
+    ("--eval-size", "100", "--w2-size", "200", "--steps", "1", "--rounds", "1"),
+], ids=" ".join)
+def test_a_wrong_setting_is_one_line_and_leaves_nothing(run, here, args):
+    code, out, err = run(*args)
+    assert code == 2
+    one_line(err, args[0].lstrip("-"))
+    assert not list(here.iterdir())
+
+
+def test_a_wrong_setting_of_the_real_script(tmp_path):
+    result = run_script(NAME, "--steps", "0", cwd=tmp_path)
+    assert result.returncode == 2 and not result.stdout
+    one_line(result.stderr, "--steps 0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_device_is_one_line_and_leaves_nothing(run, here):
+    code, _, err = run("--device", "cuda")
+    assert code == 2 and not list(here.iterdir())
+    one_line(err, "cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_exactly_its_files(finished):
+    assert {path.name for path in finished[0].iterdir()} == FILES
+
+
+def test_config_json_tells_what_made_the_run(finished):
+    record = json.loads((finished[0] / "config.json").read_text())
+    assert record["script"] == f"{NAME}.py" and record["torch"] == torch.__version__
+    assert {"python", "system", "revision"} <= set(record)
+    expected = chapter.parse_config(chapter.Config, TINY)
+    assert record["settings"] == chapter.dataclasses.asdict(expected)
+
+
+def test_metrics_csv_has_a_row_per_log_line(finished):
+    rows = log(finished[0])
+    assert rows[0] == ["stage", "step", "loss", "floor"]
+    assert [row[:2] for row in rows[1:]] == [[f"{k}-rf", str(step)] for k in (1, 2) for step in (5, 10, 15, 20)]
+    assert all(math.isfinite(float(row[2])) for row in rows[1:])
+    assert all(float(row[3]) > 0 for row in rows[1:5]) and not any(row[3] for row in rows[5:])
+    assert all(f"step {step:>7}" in finished[1] for step in (5, 10, 15, 20))
+
+
+def test_results_json_holds_the_numbers_of_the_table(finished):
+    results = json.loads((finished[0] / "results.json").read_text())
+    assert results["floor_W2"] > 0 and len(results["rounds"]) == 2
+    for result in results["rounds"]:
+        assert set(result["W2"]) == {"1", "2", "5", "10", "100"} and len(result["loss_by_t"]) == 10
+        gap = result["cost_before"] - result["cost_after"] - result["S"] - result["V"]
+        assert result["identity_gap"] == pytest.approx(gap)
+        assert f"{result['W2']['100']:8.3f}" in finished[1] and f"{result['cost_after']:8.3f}" in finished[1]
+    first, second = results["rounds"]
+    assert {"floor", "excess", "floor_by_t"} <= set(first) and "floor" not in second
+    assert second["cost_before"] == first["cost_after"]
+
+
+def test_figures_open(finished):
+    """Every figure is a picture with something on it, and the film moves."""
+    for name in ("paths.png", "quality.png", "loss.png"):
+        with Image.open(finished[0] / name) as image:
+            image.load()
+            assert min(image.size) >= 600 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+    with Image.open(finished[0] / "flow.gif") as film:
+        first = film.convert("RGB").tobytes()
+        assert film.n_frames > 10
+        film.seek(film.n_frames - 1)
+        assert film.convert("RGB").tobytes() != first
+
+
+def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, here, monkeypatch):
+    folder = copy_run(finished, here)
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    monkeypatch.setattr(chapter, "train", None)
+    code, out, err = run(*TINY)
+    assert code == 0, err
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+    assert "drop-(S+V)" in out
+
+
+def test_free_settings_may_change_and_others_may_not(finished, run, here):
+    copy_run(finished, here)
+    assert run(*TINY, "--log-every", 3, "--checkpoint-every", 9)[0] == 0
+    code, _, err = run(*TINY, "--lr", 0.5)
+    assert code == 2
+    one_line(err, "lr=0.004", "0.5", "--fresh")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folders
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_starts_over(finished, run, here):
+    folder = copy_run(finished, here)
+    (folder / "1-rf.pt").write_bytes(b"broken")
+    code, out, err = run(*TINY, "--seed", 5, "--fresh")
+    assert code == 0, err
+    assert json.loads((folder / "config.json").read_text())["settings"]["seed"] == 5
+    assert len(log(folder)) == 9 and not torch.equal(weights(folder / "1-rf.pt"), weights(finished[0] / "1-rf.pt"))
+
+
+@pytest.mark.parametrize("foreign", ["thesis.txt", "config.json"])
+@pytest.mark.parametrize("content", ["precious", '{"model_type": "bert"}', "[1]"])
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_folder_that_is_not_ours_is_never_touched(run, here, foreign, content, fresh):
+    """Whatever is in it, even a config.json of another program."""
+    (here / "mine").mkdir()
+    (here / "mine" / foreign).write_text(content)
+    code, _, err = run(*TINY, "--out", "mine", *fresh)
+    assert (here / "mine" / foreign).read_text() == content and len(list((here / "mine").iterdir())) == 1
+    assert code == 2
+    one_line(err, "mine", "--out")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "n" * 300, "bad\0name"], ids=["file", "below", "long", "null"])
+def test_an_impossible_run_folder_is_one_line(run, here, out):
+    (here / "file").write_text("text")
+    code, _, err = run(*TINY, "--out", out)
+    assert code == 2 and [path.name for path in here.iterdir()] == ["file"]
+    one_line(err)
+
+
+def test_a_kill_while_claiming_the_folder_does_not_lock_it(run, here):
+    """The first file is written beside its place; what a kill leaves there is not somebody's work."""
+    (here / "new").mkdir()
+    (here / "new" / ".part-config.json").write_text("{")
+    assert run(*TINY, "--out", "new")[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return open, ("hacked", "w")
+
+
+def test_checkpoints_come_back_as_they_were(tmp_path):
+    content = dict(config={"a": 1, "b": "text"}, step=3, model={"w": torch.randn(3, 2, dtype=torch.float64)})
+    chapter.save_checkpoint(tmp_path / "new folder" / "c.pt", **content)
+    loaded = chapter.load_checkpoint(tmp_path / "new folder" / "c.pt")
+    assert loaded["config"] == content["config"] and loaded["step"] == 3
+    assert torch.equal(loaded["model"]["w"], content["model"]["w"])
+    assert not leftovers(tmp_path)
+
+
+def spoil(path, how):
+    """Replace a checkpoint by something else."""
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == "cut to a few bytes":
+        path.write_bytes(path.read_bytes()[:10])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "random bytes":
+        path.write_bytes(torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).byte().numpy())
+    elif how == "a hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif how == "a hostile pickle in torch's format":
+        torch.save({"config": {}, "model": Hostile()}, path)
+    elif how == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif how == "weights without our keys":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "of another configuration":
+        content = torch.load(path, weights_only=True)
+        content["config"]["target"] = "rings"
+        torch.save(content, path)
+    elif how == "another stage's":
+        shutil.copy(path.with_name("1-rf.pt" if path.name == "checkpoint.pt" else "checkpoint.pt"), path)
+        content = torch.load(path, weights_only=True)
+        torch.save({"config": content["config"]}, path)
+
+
+SPOILED = ["truncated", "cut to a few bytes", "empty", "random bytes", "a hostile pickle",
+           "a hostile pickle in torch's format", "a tensor", "weights without our keys", "a folder",
+           "of another configuration", "another stage's"]
+
+
+@pytest.mark.parametrize("name", ["1-rf.pt", "checkpoint.pt"])
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_checkpoint_is_one_line_and_never_run(finished, run, here, how, name):
+    """Found on resume of 2-RF; nothing is executed, nothing overwritten."""
+    folder = copy_run(finished, here)
+    (folder / "2-rf.pt").unlink()
+    spoil(folder / name, how)
+    before = (folder / name).read_bytes() if (folder / name).is_file() else None
+    code, _, err = run(*TINY)
+    assert not list(here.rglob("hacked"))
+    assert code == 2
+    one_line(err, name)
+    assert before is None or (folder / name).read_bytes() == before
+    assert not leftovers(here) and not (folder / "2-rf.pt").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """replacing() removes its draft whatever goes wrong; an error of the disk becomes a UserError."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    for error, expected in [(OSError(28, "No space left on device"), chapter.UserError), (ZeroDivisionError(),) * 2,
+                            (KeyboardInterrupt(), KeyboardInterrupt)]:
+        with pytest.raises(expected if isinstance(expected, type) else type(expected)):
+            with chapter.replacing(path) as part:
+                part.write_text("half of the ne")
+                assert path.read_text() == "old"
+                raise error
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    with chapter.replacing(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new" and not leftovers(tmp_path)
+    with pytest.raises(chapter.UserError, match="cannot write"):
+        chapter.save_json(path / "below", {})
+
+
+def stop_at(step, monkeypatch):
+    """Make the network loss of 1-RF raise SIGTERM at a step, as if somebody had sent it."""
+    original = chapter.pair_loss
+
+    def pair_loss(*arguments):
+        loss_fn = original(*arguments)
+
+        def stopping(model, ema, i):
+            if i == step:
+                signal.raise_signal(signal.SIGTERM)
+            return loss_fn(model, ema, i)
+        return stopping
+    monkeypatch.setattr(chapter, "pair_loss", pair_loss)
+
+
+def test_a_stop_saves_its_very_step_and_continues_bit_for_bit(finished, run, here, monkeypatch):
+    """Step 8 is no multiple of anything: the checkpoint is of the step that was under way, and no row is doubled."""
+    with monkeypatch.context() as patch:
+        stop_at(7, patch)
+        code, _, err = run(*TINY)
+    assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
+    folder = here / "runs" / NAME / "quick"
+    assert chapter.load_checkpoint(folder / "checkpoint.pt")["step"] == 8
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run(*TINY)[0] == 0
+    assert same_weights(folder, finished[0])
+    rows = log(folder)
+    assert [row[1] for row in rows[1:5]] == ["5", "8", "10", "15"] and len(rows) == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, number):
+    """A run that would take hours is stopped after a few log lines: one line, exit code 130, a checkpoint to go on."""
+    process = start(*TINY, "--steps", "100000000", "--out", "run", cwd=tmp_path)
+    wait_for_lines(process, tmp_path / "run" / "metrics.csv", 5)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 130 and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.strip()] == [
+        "stopped; the same command continues from here"]
+    state = chapter.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["stage"] == "1-rf" and state["step"] == int(log(tmp_path / "run")[-1][1]) >= 20
+    assert not leftovers(tmp_path)
+
+
+def wait_for_lines(process, path, lines):
+    """Until the file has so many lines, or the process has ended."""
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= lines):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def kill_after_row(stage, step):
+    """Spy: kill -9 between a log row and the checkpoint of the same step."""
+    return f"""
+inner = chapter.log_line
+def log_line(path, stage, step, *rest):
+    inner(path, stage, step, *rest)
+    if (stage, step) == ({stage!r}, {step}):
+        os.kill(os.getpid(), signal.SIGKILL)
+chapter.log_line = log_line
+"""
+
+
+def kill_in_write(count):
+    """Spy: kill -9 when the n-th file of torch is written halfway."""
+    return f"""
+import torch
+inner, calls = torch.save, []
+def save(content, path):
+    inner(content, path)
+    calls.append(path)
+    if len(calls) == {count}:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+
+
+def test_killed_at_any_moment_and_rerun_gives_the_same_bits(finished, tmp_path):
+    """kill -9 between row and checkpoint, within a checkpoint, before a round's file is in place, within 2-RF."""
+    folder = tmp_path / "runs" / NAME / "quick"
+    moments = [(kill_after_row("1-rf", 10), "5"), (kill_in_write(2), "10"), (kill_in_write(3), "20"),
+               (kill_after_row("2-rf", 15), "10")]
+    for spy, step in moments:
+        code, _, err = finish(start(*TINY, cwd=tmp_path, spy=spy))
+        assert code == -signal.SIGKILL, err
+        assert str(chapter.load_checkpoint(folder / "checkpoint.pt")["step"]) == step
+    code, _, err = finish(start(*TINY, cwd=tmp_path, spy=""))
+    assert code == 0, err
+    assert same_weights(folder, finished[0]) and log(folder) == log(finished[0])
+    assert (folder / "results.json").read_text() == (finished[0] / "results.json").read_text()
+
+
+@pytest.mark.parametrize("cut", ["", "stage,st", "stage,step,loss,floor,samples_per_s\n1-rf,5,13."])
+def test_a_log_cut_short_by_a_kill_is_mended(finished, run, here, cut):
+    """The table may have been killed in the middle of its heading or of a row."""
+    folder = copy_run(finished, here)
+    for name in ("checkpoint.pt", "1-rf.pt", "2-rf.pt"):
+        (folder / name).unlink()
+    (folder / "metrics.csv").write_text(cut)
+    assert run(*TINY)[0] == 0
+    assert log(folder) == log(finished[0])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(finished, run, here, monkeypatch):
+    """The loss becomes NaN in step 13: one line, and the checkpoint of step 10 is still there and finite."""
+    original = chapter.learning_rate
+    monkeypatch.setattr(chapter, "learning_rate", lambda step, c: math.nan if step == 12 else original(step, c))
+    code, _, err = run(*TINY)
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("error: 1-rf: loss nan") and "step 15" in err
+    path = here / "runs" / NAME / "quick" / "checkpoint.pt"
+    state = chapter.load_checkpoint(path)
+    assert state["step"] == 10 and all(p.isfinite().all() for p in (state["model"] | state["ema"]).values())
+    monkeypatch.setattr(chapter, "learning_rate", original)
+    assert run(*TINY)[0] == 0
+    assert same_weights(path.parent, finished[0])
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e4"])
+def test_an_absurd_learning_rate_is_one_line(run, here, lr):
+    """Weights that overflow, or that are finite but carry samples to infinity."""
+    code, _, err = run(*TINY, "--lr", lr, "--warmup", "0", "--lr-decay", "constant")
+    if code:
+        assert code == 2 and "Traceback" not in err
+        one_line(err, "--lr")
+    assert lr != "1e30" or code == 2 and not (here / "runs" / NAME / "quick" / "1-rf.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A full disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def small_files(limit):
+    """For preexec_fn: a write that would make a file larger than this fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+
+    def set_limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return set_limit
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(finished, run, here, monkeypatch):
+    """Stopped at step 8, continued on a full disk, continued with room again: as if nothing had been."""
+    with monkeypatch.context() as patch:
+        stop_at(7, patch)
+        assert run(*TINY)[0] == 130
+    folder = here / "runs" / NAME / "quick"
+    before = (folder / "checkpoint.pt").read_bytes()
+    code, _, err = finish(start(*TINY, cwd=here, preexec_fn=small_files(4096)))
+    assert code == 2
+    one_line(err, "checkpoint.pt")
+    assert (folder / "checkpoint.pt").read_bytes() == before and not leftovers(here)
+    assert run(*TINY)[0] == 0
+    assert same_weights(folder, finished[0])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_is_a_user_error(tmp_path):
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(chapter.UserError, match="metrics.csv"):
+        chapter.log_line(tmp_path / "metrics.csv", "1-rf", 1, 2.0, None, 3.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from conftest import load
+chapter = load("01_rectified_flow")
+config = chapter.Config(steps=3, batch=12, width=8, warmup=0, lr_decay="constant", device="cpu", ema_decay=0.5)
+device = chapter.choose_device(config)
+rank, processes = chapter.process()
+torch.manual_seed(rank)                              # other start weights everywhere: rank 0's must win
+model = chapter.VelocityMLP(8, 2)
+torch.manual_seed(7)
+x0, x1, t = torch.randn(12, 2), 5 * torch.randn(12, 2), torch.rand(12)
+mine = slice(rank * 12 // processes, (rank + 1) * 12 // processes)
+def loss_fn(network, ema, step):
+    return chapter.flow_matching_loss(network, x0[mine], x1[mine], t[mine])
+history = []
+for step, loss, ema in chapter.train(model, loss_fn, config):
+    history.append([p.detach().clone() for p in model.parameters()])
+mean, stop = chapter.average(loss, 1, [15] if rank == 1 else [])
+torch.save({"history": history, "loss": mean, "stop": stop}, f"{processes}-{rank}.pt")
+"""
+
+
+def torchrun(*command, processes, cwd):
+    """python -m torch.distributed.run: so many processes of a script on this machine."""
+    command = ["--standalone", f"--nproc-per-node={processes}", *map(str, command)]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_take_the_steps_of_one_with_the_joint_batch(tmp_path):
+    """Each has half of a batch; the weights after each of 3 steps are those of one process that has all of it."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    result = torchrun("worker.py", ROOT / "tests", processes=2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    alone = subprocess.run([sys.executable, "worker.py", ROOT / "tests"], cwd=tmp_path, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    first, second, joint = (torch.load(tmp_path / name, weights_only=True) for name in ("2-0.pt", "2-1.pt", "1-0.pt"))
+    for a, b, both in zip(first["history"], second["history"], joint["history"], strict=True):
+        for p, q, r in zip(a, b, both, strict=True):
+            assert torch.equal(p, q)
+            torch.testing.assert_close(p, r, rtol=0, atol=1e-6)
+    assert first["loss"] == second["loss"] == pytest.approx(joint["loss"], rel=1e-5)
+    assert first["stop"] and second["stop"] and not joint["stop"]      # one was told to stop: both stop
+
+
+def test_two_processes_run_the_whole_script(tmp_path):
+    result = torchrun(ROOT / f"{NAME}.py", *TINY, "--out", "run", processes=2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert len(log(tmp_path / "run")) == 9 and result.stdout.count("drop-(S+V)") == 1
