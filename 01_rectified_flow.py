@@ -789,10 +789,10 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             if not (done or step % config.log_every == 0 or caught and alone):
                 continue
             mean, stop = average(total, step - last, caught)
-            rate = config.batch * (step - last) / (time.perf_counter() - clock)
+            samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
                 raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
-            log_line(folder / "metrics.csv", stage, step, mean, floor, rate)
+            log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),
                                 model=model.state_dict(), ema=ema.model.state_dict(), optimizer=optimizer.state_dict())
@@ -805,19 +805,19 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
 def keep_metrics(path, stage, step):
     """Drop the rows that a resumed run will write again, and a last line that a kill cut short."""
     if process()[0] == 0 and path.exists():
-        rows = [row for row in csv.reader(path.open()) if len(row) == 5 and (row[0] != stage or int(row[1]) <= step)]
+        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
         with replacing(path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
 
 
-def log_line(path, stage, step, loss, floor, rate):
+def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
         tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
-        head = [["stage", "step", "loss", "floor", "samples_per_s"]] if not path.exists() else []
+        head = [["stage", "step", "loss", "floor", "seconds", "samples_per_s"]] if not path.exists() else []
         with path.open("a", newline="") as file:
-            csv.writer(file).writerows(head + [[stage, step, loss, floor, rate]])
+            csv.writer(file).writerows(head + [[stage, step, loss, floor, seconds, rate]])
 
 
 def launch(main, Config):

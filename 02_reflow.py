@@ -835,20 +835,17 @@ def tile(images):
     return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
 
 
-def draw_samples(pictures, folder):
-    """The same noises along each column: 1-RF above 2-RF, fewer steps above more.  pictures: a dict for each round."""
-    figure, axes = new_figure(len(pictures), rows=1, size=6.0)
-    for k, (axis, rows) in enumerate(zip(axes[0], pictures), 1):
-        strips = [tile(images) for images in rows.values()]
-        axis.imshow(np.concatenate(strips), interpolation="nearest")
-        height = len(strips[0])
-        axis.set_yticks([height * (i + 0.5) for i in range(len(rows))],
-                        [f"{n} step{'s' * (n != '1')}" if n.isdigit() else n for n in rows])
-        axis.set_xticks([])
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        axis.set_title(f"{k}-RF", fontsize=14)
-    save_figure(figure, folder / "samples.png")
+def draw_samples(strips, folder, name="samples.png"):
+    """A strip of pictures per row, the same noise down each column.  strips: row name -> (n, C, H, W) in [-1, 1]."""
+    figure, axes = new_figure(1, size=6.0)
+    rows = [tile(images) for images in strips.values()]
+    figure.set_size_inches(0.62 * len(next(iter(strips.values()))) + 1.6, 0.62 * len(rows))
+    axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
+    axes[0, 0].set_yticks([len(rows[0]) * (i + 0.5) for i in range(len(rows))], list(strips))
+    axes[0, 0].set_xticks([])
+    axes[0, 0].tick_params(length=0)
+    axes[0, 0].spines[:].set_visible(False)
+    save_figure(figure, folder / name)
 
 
 # Differs from 01_rectified_flow.py: Frechet distance against evaluations
@@ -1148,10 +1145,10 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             if not (done or step % config.log_every == 0 or caught and alone):
                 continue
             mean, stop = average(total, step - last, caught)
-            rate = config.batch * (step - last) / (time.perf_counter() - clock)
+            samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
                 raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
-            log_line(folder / "metrics.csv", stage, step, mean, floor, rate)
+            log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),
                                 model=model.state_dict(), ema=ema.model.state_dict(), optimizer=optimizer.state_dict())
@@ -1165,20 +1162,20 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
 def keep_metrics(path, stage, step):
     """Drop the rows that a resumed run will write again, and a last line that a kill cut short."""
     if process()[0] == 0 and path.exists():
-        rows = [row for row in csv.reader(path.open()) if len(row) == 5 and (row[0] != stage or int(row[1]) <= step)]
+        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
         with replacing(path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
 
 
 # Copied from 01_rectified_flow.py
-def log_line(path, stage, step, loss, floor, rate):
+def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
         tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
-        head = [["stage", "step", "loss", "floor", "samples_per_s"]] if not path.exists() else []
+        head = [["stage", "step", "loss", "floor", "seconds", "samples_per_s"]] if not path.exists() else []
         with path.open("a", newline="") as file:
-            csv.writer(file).writerows(head + [[stage, step, loss, floor, rate]])
+            csv.writer(file).writerows(head + [[stage, step, loss, floor, seconds, rate]])
 
 
 # Copied from 01_rectified_flow.py
@@ -1289,7 +1286,9 @@ def report(flows, images, features, label, config, device, folder):
     results, pictures = zip(*outcomes)
     save_json(folder / "results.json", {"distance": label, "samples": config.eval_size, "rounds": results})
     print_table(results, label)
-    draw_samples(pictures, folder)
+    strips = {f"{k}-RF, {n} step{'s' * (n != '1')}" if n.isdigit() else f"{k}-RF, {n}": images
+              for k, rows in enumerate(pictures, 1) for n, images in rows.items()}
+    draw_samples(strips, folder)
     draw_quality(results, label, folder)
     draw_straightness(results, folder)
 

@@ -126,8 +126,8 @@ class Config:
         "quick": {},
         "gpu": dict(                                       # one GPU, about half an hour, its own teacher included
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
-            dropout=0.1, batch=256, steps=10000, reflow_steps=3000, real_steps=300, lr=4e-4, warmup=500, ema_decay=0.999,
-            pairs=50000, real_pairs=10000, pair_steps=18, shard=500, lpips_net="vgg", lpips_size=64,
+            dropout=0.1, batch=256, steps=10000, reflow_steps=3000, real_steps=300, lr=4e-4, warmup=500,
+            ema_decay=0.999, pairs=50000, real_pairs=10000, pair_steps=18, shard=500, lpips_net="vgg", lpips_size=64,
             lpips_weights="pretrained", eval_size=10000, log_every=100, checkpoint_every=1000),
         "paper": dict(                                     # [Lee+24] CIFAR-10; bring the EDM teacher with --teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
@@ -138,7 +138,7 @@ class Config:
     }
 
 
-# The paper's ladder, each adding to the one before.  B is A at the larger batch; the paper's B also changes the teacher.
+# The paper's ladder, each adding to the one before.  B is A at the larger batch; in the paper also a better teacher.
 LADDER = {
     "A": dict(times="uniform", distance="l2", big=False),              # Liu et al.'s 2-RF, chapter 2
     "B": dict(times="uniform", distance="l2", big=True),
@@ -158,8 +158,8 @@ LADDER = {
 def u_shaped_times(n, a=4.0, device=None, antithetic=False):
     """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4.1]; a = 0 is uniform.
 
-    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  Antithetic draws come as pairs t, 1 - t:
-    odd errors about 1/2 cancel.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
+    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  Antithetic draws come as pairs t and
+    1 - t: odd errors about 1/2 cancel.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
     """
     y = torch.rand((n + 1) // 2 if antithetic else n, device=device)
     y = torch.cat([y, 1 - y])[:n] if antithetic else y
@@ -191,8 +191,9 @@ def lpips_huber(v, x0, x1, t, perceptual, divide=False):
 def few_step_sample(velocity, x0, times, rule="new", heun=False):
     """Sampling for few steps on any grid [Lee+24 section 5.3, algorithm 2]: x <- (1 - t') x0 + t' x1_hat(x, t).
 
-    The new state is put on the line from the first noise to the present guess; rule "euler" steps from where it is.  Both
-    agree on straight paths; on curved ones the new rule is no ODE solver and fails for many steps.  heun: average v.
+    The new state is put on the line from the first noise to the present guess; rule "euler" steps from where it is.
+    Both agree on straight paths; on curved ones the new rule is no ODE solver and fails for many steps.
+    heun: average the velocities at both ends of a step.
     x0: (B, *D);  times: increasing from 0, a final 1 may be left out.  Returns x1 (B, *D).
     """
     x, grid = x0, [float(t) for t in times if t < 1] + [1.0]
@@ -353,8 +354,8 @@ def load_lpips(net, weights):
             state = torch.load(weights, map_location="cpu", weights_only=True)
             own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
             network.net.load_state_dict(own)
-        except Exception as error:                         # a missing, broken or foreign file: torch has no common class
-            raise UserError(f"--lpips-weights {weights}: no {net} weights of torchvision ({type(error).__name__})") from None
+        except Exception as error:                         # torch.load has no common class for broken files
+            raise UserError(f"--lpips-weights {weights}: no {net} of torchvision ({type(error).__name__})") from None
     return network
 
 
@@ -682,15 +683,15 @@ def reverse(velocity):
 
 @torch.no_grad()
 def velocity_error(velocity, pairs, config, bins=5, size=500):
-    """|x1 - x0 - v|^2 on `size` pairs in equal slices of t, mean over pixels: the paper's figure 3.  Returns (bins,)."""
+    """|x1 - x0 - v|^2 on `size` pairs in equal slices of t, mean over pixels [Lee+24 figure 3].  Returns (bins,)."""
     torch.manual_seed(config.seed)
     x0, x1, labels = pairs(size)
     losses = []
     for i in range(bins):
         t = (i + torch.rand(size, device=x0.device)) / bins
-        chunks = zip(*(torch.arange(size).split(config.shard) for _ in "i"))
-        losses.append(torch.cat([flow_matching_loss(
-            partial(velocity, labels=None if labels is None else labels[c]), x0[c], x1[c], t[c]) for c, in chunks]).mean())
+        chunks = torch.arange(size, device=x0.device).split(config.shard)
+        losses.append(torch.cat([flow_matching_loss(partial(velocity, labels=None if labels is None else labels[c]),
+                                                    x0[c], x1[c], t[c]) for c in chunks]).mean())
     return torch.stack(losses).tolist()
 
 
@@ -1181,20 +1182,6 @@ def draw_ladder(results, label, folder):
     save_figure(figure, folder / "ladder.png")
 
 
-# Differs from 02_reflow.py: networks and steps as rows of one grid
-def draw_samples(strips, folder, name="samples.png"):
-    """A strip of pictures per row, the same noises along each column.  strips: row name -> (n, C, H, W)."""
-    figure, axes = new_figure(1, size=6.0)
-    rows = [tile(images) for images in strips.values()]
-    figure.set_size_inches(0.62 * len(next(iter(strips.values()))) + 1.6, 0.62 * len(rows))
-    axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
-    axes[0, 0].set_yticks([len(rows[0]) * (i + 0.5) for i in range(len(rows))], list(strips))
-    axes[0, 0].set_xticks([])
-    axes[0, 0].tick_params(length=0)
-    axes[0, 0].spines[:].set_visible(False)
-    save_figure(figure, folder / name)
-
-
 def draw_inversion(errors, noises, folder):
     """Left: reconstruction error against evaluations.  Right: |z|^2 of inverted noise beside the chi-squared law."""
     from scipy.stats import chi2
@@ -1205,8 +1192,9 @@ def draw_inversion(errors, noises, folder):
     axes[0, 0].legend(frameon=False)
     d = next(iter(noises.values()))[0].numel()
     squares = {name: z.flatten(1).square().sum(1).cpu().numpy() for name, z in noises.items()}
-    top = max(np.quantile(s, 0.98) for s in squares.values())
-    grid = np.linspace(min(min(s.min() for s in squares.values()), chi2.ppf(0.001, d)), max(top, chi2.ppf(0.999, d)), 200)
+    low = min(chi2.ppf(0.001, d), *(np.quantile(s, 0.02) for s in squares.values()))
+    high = max(chi2.ppf(0.999, d), *(np.quantile(s, 0.98) for s in squares.values()))
+    grid = np.linspace(low, high, 200)
     for name, values in squares.items():
         axes[0, 1].hist(values, grid[::5], density=True, alpha=0.5, label=name)
     axes[0, 1].plot(grid, chi2.pdf(grid, d), "k--", label=f"$\\chi^2$, {d} degrees of freedom")
@@ -1240,6 +1228,20 @@ def tile(images):
     """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
     images = torch.nn.functional.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
     return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
+
+
+# Copied from 02_reflow.py
+def draw_samples(strips, folder, name="samples.png"):
+    """A strip of pictures per row, the same noise down each column.  strips: row name -> (n, C, H, W) in [-1, 1]."""
+    figure, axes = new_figure(1, size=6.0)
+    rows = [tile(images) for images in strips.values()]
+    figure.set_size_inches(0.62 * len(next(iter(strips.values()))) + 1.6, 0.62 * len(rows))
+    axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
+    axes[0, 0].set_yticks([len(rows[0]) * (i + 0.5) for i in range(len(rows))], list(strips))
+    axes[0, 0].set_xticks([])
+    axes[0, 0].tick_params(length=0)
+    axes[0, 0].spines[:].set_visible(False)
+    save_figure(figure, folder / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1515,10 +1517,10 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             if not (done or step % config.log_every == 0 or caught and alone):
                 continue
             mean, stop = average(total, step - last, caught)
-            rate = config.batch * (step - last) / (time.perf_counter() - clock)
+            samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
                 raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
-            log_line(folder / "metrics.csv", stage, step, mean, floor, rate)
+            log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),
                                 model=model.state_dict(), ema=ema.model.state_dict(), optimizer=optimizer.state_dict())
@@ -1532,20 +1534,20 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
 def keep_metrics(path, stage, step):
     """Drop the rows that a resumed run will write again, and a last line that a kill cut short."""
     if process()[0] == 0 and path.exists():
-        rows = [row for row in csv.reader(path.open()) if len(row) == 5 and (row[0] != stage or int(row[1]) <= step)]
+        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
         with replacing(path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
 
 
 # Copied from 01_rectified_flow.py
-def log_line(path, stage, step, loss, floor, rate):
+def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
         tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
-        head = [["stage", "step", "loss", "floor", "samples_per_s"]] if not path.exists() else []
+        head = [["stage", "step", "loss", "floor", "seconds", "samples_per_s"]] if not path.exists() else []
         with path.open("a", newline="") as file:
-            csv.writer(file).writerows(head + [[stage, step, loss, floor, rate]])
+            csv.writer(file).writerows(head + [[stage, step, loss, floor, seconds, rate]])
 
 
 # Copied from 01_rectified_flow.py
@@ -1609,7 +1611,7 @@ def choose_features(config, device):
 def print_table(results, label, config):
     """Mean over seeds of every number, with the standard deviation of the one-step distance."""
     steps = list(next(iter(results.values()))[0]["FD"])
-    print(f"\n{label}, after N steps (new: the paper's update rule); S straightness; velocity error from t = 0 to t = 1")
+    print(f"\n{label}, after N steps (new: the paper's update rule); S straightness; velocity error in bins of t")
     print("           " + "".join(f"{'N=' + n:>9}" for n in steps) + "    +-(N=1)        S   seconds  error by t")
     for name, rows in results.items():
         one = [row["FD"]["1"] for row in rows]
@@ -1618,8 +1620,8 @@ def print_table(results, label, config):
         errors = " ".join(f"{e:.3f}" for e in np.mean([row["error_by_t"] for row in rows], 0))
         print(f"{name:<11}{means}{spread}{np.mean([row['S'] for row in rows]):9.2f}"
               f"{np.mean([row['seconds'] for row in rows]):10.0f}  {errors}")
-    if any(LADDER.get(n, {}).get("distance", "").startswith("lpips") for n in results) and config.lpips_weights == "random":
-        print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of E, F and G, not the paper's")
+    if {"E", "F", "G"} & set(results) and config.lpips_weights == "random":
+        print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of E, F, G")
 
 
 def train_teacher(images, labels, classes, config, device, folder):
@@ -1666,11 +1668,8 @@ def stage(path, make, build):
 
 
 def train_seconds(path, name):
-    """Time that a stage's steps took, by the rates in metrics.csv, so that an interruption does not count."""
-    rows, total, last = [row for row in csv.DictReader(path.open()) if row["stage"] == name], 0.0, 0
-    for row in rows:
-        total, last = total + (int(row["step"]) - last) * float(row["batch"]) / float(row["samples_per_s"]), int(row["step"])
-    return total
+    """Time that a stage's steps took, by metrics.csv, so that an interruption does not count."""
+    return sum(float(row["seconds"]) for row in csv.DictReader(path.open()) if row["stage"] == name)
 
 
 def checked_names(config):
@@ -1758,7 +1757,7 @@ def report_inversion(flows, images, labels, config, device, folder, count=200):
 
 
 def edit(velocity, z0, x1, labels, shown=10):
-    """Strips of pictures edited through their noise z0: decoded again, as every other class, and between two of them."""
+    """Strips of pictures edited through their noise z0: decoded again, as another class, and in between."""
     def decode(z, c):
         return few_step_sample(partial(velocity, labels=c), z, (0.0, 0.5)).clamp(-1, 1).cpu()
     own = labels[:shown] if velocity.classes else None

@@ -107,7 +107,7 @@ def test_loss_is_the_mean_square_per_sample():
 
 @pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
 def test_gaussian_velocity_and_flow_map(std, monkeypatch):
-    """exact_velocity is v* of the docstring above, and its solution is Z_t = t mu + q_t Z0, which ends in mu + s1 Z0."""
+    """exact_velocity is v* of the docstring above; its solution is Z_t = t mu + q_t Z0, which ends in mu + s1 Z0."""
     mean = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
     monkeypatch.setitem(flow.MIXTURES, "gaussian", (mean, std))
     x, t = 3 * normal(50, 2), torch.rand(50, dtype=torch.float64)

@@ -313,7 +313,7 @@ def spoil(path, how):
     elif how == "random bytes":
         path.write_bytes(torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).byte().numpy())
     elif how == "a hostile pickle":
-        path.write_bytes(pickle.dumps(Hostile()))
+        path.write_bytes(pickle.dumps(Hostile(), protocol=2))
     elif how == "a hostile pickle in torch's format":
         torch.save({"config": {}, "model": Hostile()}, path)
     elif how == "a tensor":
