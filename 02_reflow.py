@@ -74,31 +74,31 @@ class Config:
     image_size: int = option(16, "side in pixels; a power of two", low=4, high=1024)
     rounds: int = option(2, "rectified flows in a row: 1-RF, 2-RF, ...", low=1, high=10)
     teacher: str = option("", "a finished 1-rf.pt to start from instead of training 1-RF")
-    conditional: bool = option(False, "feed class labels to the network")
-    steps: int = option(1000, "training steps of 1-RF", low=1)
-    reflow_steps: int = option(600, "training steps of every later round", low=1)
-    batch: int = option(64, "images in a step, over all processes", low=1)
+    conditional: bool = option(True, "feed class labels to the network")
+    steps: int = option(2000, "training steps of 1-RF", low=1)
+    reflow_steps: int = option(1400, "training steps of every later round", low=1)
+    batch: int = option(32, "images in a step, over all processes", low=1)
     pairs: int = option(4096, "pairs (z0, z1) made for a reflow round", low=1)
     pair_solver: str = option("heun", "ODE solver that makes pairs", choices=("euler", "heun", "rk45"))
-    pair_steps: int = option(10, "its steps (heun takes two evaluations each; rk45 ignores it)", low=1)
+    pair_steps: int = option(8, "its steps (heun takes two evaluations each; rk45 ignores it)", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     channels: int = option(32, "width of the U-Net's first level; a multiple of 32, or 4, 8, 16", low=4)
-    mult: tuple = option((1, 1, 2), "width of each level, in multiples of channels", low=1)
+    mult: tuple = option((1, 1, 1), "width of each level, in multiples of channels", low=1)
     blocks: int = option(1, "residual blocks of a level", low=1)
     attention: tuple = option((4,), "resolutions with self-attention", low=1)
     dropout: float = option(0.0, "dropout in the residual blocks", low=0.0, high=0.9)
-    lr: float = option(2e-3, "peak learning rate", low=0.0)
+    lr: float = option(6e-3, "peak learning rate", low=0.0)
     lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup: int = option(50, "steps of linear warm-up", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", low=0.0)
-    ema_decay: float = option(0.995, "decay of the averaged weights", low=0.0, high=1.0)
-    eval_size: int = option(1000, "samples of a Frechet distance (the papers use 50000)", low=2)
+    ema_decay: float = option(0.998, "decay of the averaged weights", low=0.0, high=1.0)
+    eval_size: int = option(500, "samples of a Frechet distance (the papers use 50000)", low=2)
     tolerance: float = option(1e-3, "error tolerance of rk45 in the evaluation", low=1e-9, high=1.0)
     fid: bool = option(False, "true FID: Inception features in place of the small random ones")
     inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)", free=True)
     seed: int = option(0, "seed of every random draw", low=0)
-    log_every: int = option(50, "steps between log lines", low=1, free=True)
-    checkpoint_every: int = option(100, "steps between checkpoints", low=1, free=True)
+    log_every: int = option(100, "steps between log lines", low=1, free=True)
+    checkpoint_every: int = option(200, "steps between checkpoints", low=1, free=True)
     device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)
     compile: bool = option(True, "torch.compile the network (CUDA only)", free=True)
     out: str = option("", "run folder (default runs/<script>/<preset>)", free=True)
@@ -106,11 +106,11 @@ class Config:
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                       # one GPU, about half an hour: DDPM++ at half its depth
-            data="cifar10", image_size=32, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
+            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
             batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999, pairs=50000, pair_steps=18,
             shard=500, eval_size=10000, tolerance=1e-4, log_every=100, checkpoint_every=1000),
         "paper": dict(                                     # [Liu+22] appendix: DDPM++, 4 M pairs by rk45, constant rate
-            data="cifar10", image_size=32, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), dropout=0.15,
+            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), dropout=0.15,
             batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant", ema_decay=0.9999,
             pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, tolerance=1e-5, log_every=100,
             checkpoint_every=10000),
@@ -518,8 +518,8 @@ def load_pairs(folder, config, device):
 
 
 SHAPES = ["circle", "square", "triangle", "cross"]  # the index is the label
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20), purple=(160, 40, 190))
-BACKGROUNDS = dict(white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
+COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
+BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
 
 
 def shape_distances(x, y, r):

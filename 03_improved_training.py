@@ -93,8 +93,8 @@ class Config:
     real_pairs: int = option(1024, "real images inverted to noise for G", low=1)
     real_share: float = option(1.0, "share of G's batch that is real", low=0.0, high=1.0)
     real_steps: int = option(100, "training steps of G", low=1)
-    steps: int = option(1500, "training steps of the teacher", low=1)
-    reflow_steps: int = option(700, "training steps of A to F", low=1)
+    steps: int = option(2000, "training steps of the teacher", low=1)
+    reflow_steps: int = option(1000, "training steps of A to F", low=1)
     batch: int = option(32, "images in a step, over all processes", low=1)
     pairs: int = option(4096, "pairs (z0, z1) made by the teacher", low=1)
     pair_solver: str = option("heun", "edm: EDM's Heun sampler; the others follow the flow's own ODE",
@@ -102,22 +102,22 @@ class Config:
     pair_steps: int = option(8, "its steps (heun: two evaluations each; edm: one less in all)", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     channels: int = option(32, "width of the U-Net's first level; a multiple of 32, or 4, 8, 16", low=4)
-    mult: tuple = option((1, 1, 2), "width of each level, in multiples of channels", low=1)
+    mult: tuple = option((1, 1, 1), "width of each level, in multiples of channels", low=1)
     blocks: int = option(1, "residual blocks of a level", low=1)
     attention: tuple = option((4,), "resolutions with self-attention", low=1)
     dropout: float = option(0.0, "dropout in the residual blocks", low=0.0, high=0.9)
-    lr: float = option(4e-3, "peak learning rate", low=0.0)
+    lr: float = option(6e-3, "peak learning rate", low=0.0)
     lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup: int = option(50, "steps of linear warm-up", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", low=0.0)
-    ema_decay: float = option(0.995, "decay of the averaged weights", low=0.0, high=1.0)
+    ema_decay: float = option(0.998, "decay of the averaged weights", low=0.0, high=1.0)
     eval_size: int = option(500, "samples of a Frechet distance (the paper uses 50000)", low=2)
     tolerance: float = option(1e-3, "error tolerance of rk45", low=1e-9, high=1.0)
     fid: bool = option(False, "true FID: Inception features in place of the small random ones")
     inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)", free=True)
     seed: int = option(0, "seed of every random draw", low=0)
-    log_every: int = option(50, "steps between log lines", low=1, free=True)
-    checkpoint_every: int = option(100, "steps between checkpoints", low=1, free=True)
+    log_every: int = option(100, "steps between log lines", low=1, free=True)
+    checkpoint_every: int = option(200, "steps between checkpoints", low=1, free=True)
     device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)
     compile: bool = option(True, "torch.compile the network (CUDA only)", free=True)
     out: str = option("", "run folder (default runs/<script>/<preset>)", free=True)
@@ -856,11 +856,11 @@ SHAPES = ["circle", "square", "triangle", "cross"]  # the index is the label
 
 
 # Copied from 02_reflow.py
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20), purple=(160, 40, 190))
+COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
 
 
 # Copied from 02_reflow.py
-BACKGROUNDS = dict(white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
+BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
 
 
 # Copied from 02_reflow.py
