@@ -76,9 +76,9 @@ class Config:
     teacher: str = option("", "a finished 1-rf.pt to start from instead of training 1-RF")
     conditional: bool = option(True, "feed class labels to the network")
     steps: int = option(2000, "training steps of 1-RF", low=1)
-    reflow_steps: int = option(1400, "training steps of every later round", low=1)
+    reflow_steps: int = option(1800, "training steps of every later round", low=1)
     batch: int = option(32, "images in a step, over all processes", low=1)
-    pairs: int = option(4096, "pairs (z0, z1) made for a reflow round", low=1)
+    pairs: int = option(5120, "pairs (z0, z1) made for a reflow round", low=1)
     pair_solver: str = option("heun", "ODE solver that makes pairs", choices=("euler", "heun", "rk45"))
     pair_steps: int = option(8, "its steps (heun takes two evaluations each; rk45 ignores it)", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
@@ -106,13 +106,13 @@ class Config:
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                       # one GPU, about half an hour: DDPM++ at half its depth
-            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
-            batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999, pairs=50000, pair_steps=18,
-            shard=500, eval_size=10000, tolerance=1e-4, log_every=100, checkpoint_every=1000),
+            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
+            dropout=0.1, batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999,
+            pairs=50000, pair_steps=18, shard=500, eval_size=10000, tolerance=1e-4, log_every=100, checkpoint_every=1000),
         "paper": dict(                                     # [Liu+22] appendix: DDPM++, 4 M pairs by rk45, constant rate
-            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), dropout=0.15,
-            batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant", ema_decay=0.9999,
-            pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, tolerance=1e-5, log_every=100,
+            data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
+            dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
+            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, tolerance=1e-5, log_every=100,
             checkpoint_every=10000),
     }
 

@@ -142,7 +142,7 @@ def test_every_setting_is_a_flag_with_a_help_text(run):
 
 @pytest.mark.parametrize("args", [
     ("--stpes", "5"), ("--step", "5"), ("extra",), ("--steps",), ("--steps", "0"), ("--steps", "-3"),
-    ("--steps", "1e3"), ("--steps", "many"), ("--steps", "2.5"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"),
+    ("--steps", "1e3"), ("--steps", "many"), ("--steps", "2.5"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "-0.5"),
     ("--lr", "fast"), ("--ema-decay", "1.5"), ("--target", "nine_gaussians"), ("--preset", "paper"), ("--rounds", "0"),
     ("--rounds", "11"), ("--w2-size", "100000"), ("--device", "abacus"), ("--seed", "-1"), ("--seed", "9" * 30),
     ("--lr-decay", "linear"),

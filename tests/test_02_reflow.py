@@ -1,0 +1,862 @@
+"""Chapter 2: pairs that can be made again from a number, stored whole, and a run that survives kills and mistakes.
+
+The network and the data have tests of their own (test_unet.py, test_data.py); here is the rest.  Most runs happen
+inside this process; kills and several processes need real ones.
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load, run_script
+from PIL import Image
+from scipy.stats import kstest
+
+NAME = "02_reflow"
+chapter = load(NAME)
+TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --pairs 20 --shard 8 --pair-steps 3 --eval-size 24 --channels 4 "
+        "--image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 --checkpoint-every 2 --device cpu").split()
+FILES = {"config.json", "metrics.csv", "checkpoint.pt", "1-rf.pt", "2-rf.pt", "pairs", "results.json",
+         "samples.png", "quality.png", "straightness.png"}
+CPU = torch.device("cpu")
+SHAPE = (3, 4, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise that is a function of its index
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def splitmix64(state):
+    """The published generator (Steele, Lea, Flood 2014), in numpy's unsigned arithmetic: uint64 -> uint64."""
+    z = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)
+
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)       # what the generator adds to its state per draw
+
+
+def test_the_reference_is_splitmix64():
+    """The first three outputs for seed 0, as found in every implementation's test."""
+    outputs = splitmix64(np.arange(1, 4, dtype=np.uint64) * GAMMA)
+    assert [int(x) for x in outputs] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+@pytest.mark.parametrize("seed, first", [(0, 0), (1, 0), (chapter.seed_for(0, 2), 10 ** 6), (2 ** 32 - 1, 4 * 10 ** 6)])
+def test_noise_is_splitmix64_and_box_muller(seed, first):
+    size, index = math.prod(SHAPE), np.arange(first, first + 500, dtype=np.uint64)
+    counter = index[:, None] * np.uint64(size) + np.arange(size, dtype=np.uint64)
+    bits = splitmix64(counter * GAMMA + np.uint64(seed << 31))
+    radius = np.sqrt(-2 * np.log(((bits >> np.uint64(40)) + 0.5) / 2 ** 24))
+    expected = radius * np.cos(2 * math.pi * (bits & np.uint64(2 ** 24 - 1)) / 2 ** 24)
+    noise = chapter.pair_noise(seed, torch.arange(first, first + 500), SHAPE)
+    assert noise.dtype == torch.float32 and noise.shape == (500, *SHAPE)
+    error = np.abs(noise.reshape(500, -1).numpy() - expected)
+    assert error.max() < 1e-3 and np.quantile(error, 0.999) < 1e-5     # float32 rounds the smallest radii
+
+
+def test_noise_is_standard_normal():
+    noise = chapter.pair_noise(7, torch.arange(20000), SHAPE).double().flatten()     # 960,000 numbers
+    assert noise.isfinite().all() and 4.5 < noise.abs().max() < 5.9
+    for power, moment, spread in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:      # spread: variance of x^power
+        assert abs((noise ** power).mean() - moment) < 4 * (spread / len(noise)) ** 0.5
+    assert kstest(noise.numpy(), "norm").pvalue > 1e-3
+
+
+def test_noise_has_no_correlations():
+    """Between places, indices and seeds, of the values and of their squares."""
+    index, limit = torch.arange(20000), 5 / 20000 ** 0.5
+    noise = chapter.pair_noise(3, index, SHAPE).flatten(1).double()
+    others = {"next index": noise.roll(1, 0), "index and place": noise.roll((1, 1), (0, 1)),
+              "next seed": chapter.pair_noise(4, index, SHAPE).flatten(1).double(),
+              "next round": chapter.pair_noise(chapter.seed_for(3, 2), index, SHAPE).flatten(1).double()}
+    for a, b in [(noise, noise), *((noise, other) for other in others.values())]:
+        for f in (torch.Tensor.clone, torch.square):
+            both = torch.corrcoef(torch.cat([f(a), f(b)], 1).T)[:48, 48:]
+            assert (both - torch.eye(48) * (a is b)).abs().max() < limit
+    assert len(noise.unique()) > 0.9 * noise.numel()                    # 24 bits of angle: a few repeat
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    """Not on the batch, the order, the generator of torch; a shape is only a way to arrange it."""
+    state, index = torch.get_rng_state(), torch.arange(30)
+    noise = chapter.pair_noise(5, index, SHAPE)
+    assert torch.equal(noise, torch.cat([chapter.pair_noise(5, i, SHAPE) for i in index.split(7)]))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(noise[order], chapter.pair_noise(5, order, SHAPE))
+    assert torch.equal(noise.flatten(1), chapter.pair_noise(5, index, (48,)))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not (noise == chapter.pair_noise(6, index, SHAPE)).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scaled velocity
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def some_network(x, c):
+    """Anything that depends on both inputs."""
+    return torch.sin(3 * x) + c[:, None] * torch.cos(x)
+
+
+def denoise(network, y, sigma):
+    """EDM's D(y; sigma) = c_skip y + c_out F(c_in y; ln(sigma) / 4) for data of standard deviation 1/2."""
+    total = sigma ** 2 + 0.25
+    return 0.25 / total * y + 0.5 * sigma / total.sqrt() * network(y / total.sqrt(), sigma[:, 0].log() / 4)
+
+
+def test_velocity_points_from_x_to_the_denoised_picture():
+    """x_t = (1 - t) x0 + t x1 is t times a noisy picture y with sigma = (1 - t) / t, so v = (D(y) - x_t) / (1 - t)."""
+    torch.manual_seed(0)
+    x, t = torch.randn(50, 6, dtype=torch.float64), torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
+    time = t[:, None]
+    expected = (denoise(some_network, x / time, (1 - time) / time) - x) / (1 - time)
+    torch.testing.assert_close(chapter.edm_velocity(some_network, x, t), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_velocity_at_the_ends_and_in_the_middle():
+    x = torch.randn(2, 3, 4, 4)
+    for t, of_x, of_f in [(0.0, -1, 0.5), (1.0, 1, 1), (0.5, -1.2, 0.894427)]:
+        seen = []
+        out = chapter.edm_velocity(lambda y, c: seen.append((y, c)) or torch.ones_like(y), x, torch.full((2,), t))
+        torch.testing.assert_close(out, of_x * x + of_f, rtol=1e-5, atol=1e-5)
+        (y, c), = seen
+        assert c.shape == (2,) and c.isfinite().all()
+        assert y.std() == pytest.approx(x.std().item() / ((1 - t) ** 2 + (t / 2) ** 2) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("s", [0.5, 0.1, 1.3])
+def test_velocity_of_gaussian_data_is_the_closed_form(s):
+    """For data ~ N(0, s^2), D(y) = s^2 y / (s^2 + sigma^2); solved for F, and F = 0 at s = 1/2."""
+    def exact(x, c):
+        variance = (4 * c[:, None]).exp() ** 2
+        wanted = s ** 2 / (s ** 2 + variance) - 0.25 / (0.25 + variance)
+        return wanted * (0.25 + variance) / (0.5 * variance.sqrt()) * x
+    x, t = torch.randn(20, 4, dtype=torch.float64), torch.linspace(0.05, 0.95, 20, dtype=torch.float64)
+    time = t[:, None]
+    expected = (time * s ** 2 - (1 - time)) / (time ** 2 * s ** 2 + (1 - time) ** 2) * x
+    torch.testing.assert_close(chapter.edm_velocity(exact, x, t), expected, rtol=1e-9, atol=1e-9)
+    assert s != 0.5 or exact(x, t).abs().max() < 1e-12
+
+
+def gaussian(x, t, labels=None):
+    """The velocity of data ~ N(0, 1/4): a network that answers 0."""
+    return chapter.edm_velocity(lambda y, c: torch.zeros_like(y), x, t)
+
+
+def test_straightness_of_gaussian_data():
+    """S = (2 - pi/2) s per number, and its integrand averages to it."""
+    x = chapter.pair_noise(0, torch.arange(500), SHAPE)
+    by_time = chapter.straightness_by_time(gaussian, x, 20)
+    assert by_time.shape == (20,)
+    assert by_time.mean().item() == pytest.approx(chapter.straightness(gaussian, x, 20), rel=1e-5)
+    assert by_time.mean().item() == pytest.approx((2 - math.pi / 2) / 2 * x.square().sum().item() / 500, rel=0.005)
+    assert by_time[0] > 2 * by_time[10]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Bent:
+    """A velocity that depends on everything; `fail` makes that many-th evaluation raise."""
+
+    classes, evaluations, fail = 3, 0, None
+
+    def __call__(self, x, t, labels):
+        self.evaluations += 1
+        if self.evaluations == self.fail:
+            raise KeyboardInterrupt
+        return torch.tanh(x.flip(3)) * (1 - t)[:, None, None, None] + 0.2 * labels[:, None, None, None] - 0.7 * x
+
+
+def settings(**other):
+    """20 pairs in shards of 8, 8 and 4."""
+    return chapter.Config(**dict(pairs=20, shard=8, pair_steps=3, image_size=4, device="cpu", eval_size=10) | other)
+
+
+def make(folder, velocity=None, **other):
+    """Make the pairs of round 2.  Returns the velocity, which counts its evaluations."""
+    velocity = velocity or Bent()
+    chapter.make_pairs(velocity, folder, settings(**other), SHAPE, CPU, stream=2)
+    return velocity
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read(folder, **other):
+    return chapter.load_pairs(folder, settings(**other), SHAPE, CPU)
+
+
+def test_pairs_lie_in_shards_and_each_is_where_its_noise_flows_to(tmp_path):
+    make(tmp_path / "pairs")
+    assert sorted(content(tmp_path / "pairs")) == ["00000.npy", "00001.npy", "00002.npy"]
+    assert [len(np.load(chapter.shard_file(tmp_path / "pairs", i))) for i in range(3)] == [8, 8, 4]
+    z1, index = read(tmp_path / "pairs"), torch.arange(20)
+    assert z1.shape == (20, *SHAPE) and z1.dtype == torch.uint8
+    noise = chapter.pair_noise(chapter.seed_for(0, 2), index, SHAPE)
+    flow = partial(Bent(), labels=index % 3)
+    exact = chapter.integrate(flow, noise, 3, "heun")[-1].clamp(-1, 1)
+    assert (chapter.to_floats(z1) - exact).abs().max() < 1 / 255 + 1e-5
+    assert z1.unique(dim=0).shape[0] == 20
+
+
+@pytest.mark.parametrize("solver, evaluations", [("euler", 9), ("heun", 18), ("rk45", None)])
+def test_solver_and_steps_of_the_settings_are_used(tmp_path, solver, evaluations):
+    used = make(tmp_path, pair_solver=solver).evaluations              # three shards of three steps
+    assert used == evaluations or evaluations is None and used > 30
+
+
+@pytest.mark.parametrize("fail", [1, 7, 12, 18])
+def test_a_stop_loses_the_shard_in_hand_and_a_rerun_makes_what_is_missing(tmp_path, fail):
+    make(tmp_path / "whole")
+    velocity = Bent()
+    velocity.fail = fail
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", velocity)
+    before = content(tmp_path / "cut") if fail > 6 else {}
+    assert len(before) == (fail - 1) // 6
+    assert make(tmp_path / "cut").evaluations == 6 * (3 - len(before))
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_a_deleted_shard_alone_is_made_again(tmp_path):
+    make(tmp_path)
+    before = content(tmp_path)
+    (tmp_path / "00001.npy").unlink()
+    assert make(tmp_path).evaluations == 6 and content(tmp_path) == before
+    assert make(tmp_path).evaluations == 0
+
+
+def test_processes_share_the_shards(tmp_path, monkeypatch):
+    make(tmp_path / "alone")
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(chapter, "process", lambda: (rank, 2))
+        make(tmp_path / str(rank))
+        make(tmp_path / "both")
+        shares.append(content(tmp_path / str(rank)))
+    assert [sorted(share) for share in shares] == [["00000.npy", "00002.npy"], ["00001.npy"]]
+    assert shares[0] | shares[1] == content(tmp_path / "alone") == content(tmp_path / "both")
+
+
+def test_a_full_disk_while_making_pairs_names_the_shard(tmp_path, monkeypatch):
+    def save(file, array):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(chapter.np, "save", save)
+    with pytest.raises(chapter.UserError, match="00000.npy: No space left"):
+        make(tmp_path)
+    assert not content(tmp_path)
+
+
+def spoil(path, how):
+    """Make something else of a shard of 8 images."""
+    array, images = np.load(path), path.read_bytes()
+    path.unlink()
+    other = {"short": array[:5], "larger pictures": array.repeat(2, 3), "flat": array[:, 0], "no array": array[0, 0, 0, 0],
+             "floats": array.astype(np.float32), "objects": np.array([{}] * 8)}
+    if how == "truncated":
+        path.write_bytes(images[:-100])
+    elif how == "cut in the heading":
+        path.write_bytes(images[:50])
+    elif how == "empty":
+        path.touch()
+    elif how == "text":
+        path.write_text("no numpy file")
+    elif how == "zip":
+        path.write_bytes(b"PK\x03\x04" + images)
+    elif how == "npz":
+        with path.open("wb") as file:
+            np.savez(file, array)
+    elif how == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif how == "a folder":
+        path.mkdir()
+    elif how in other:
+        with path.open("wb") as file:
+            np.save(file, other[how], allow_pickle=True)
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return open, ("hacked", "w")
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "cut in the heading", "empty", "text", "zip", "npz", "objects",
+                                 "hostile pickle", "a folder", "short", "larger pictures", "flat", "no array",
+                                 "floats"])
+def test_a_spoiled_shard_is_named(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "pairs")
+    spoil(tmp_path / "pairs" / "00001.npy", how)
+    with pytest.raises(chapter.UserError, match="shard .*00001.npy .*run again"):
+        read(tmp_path / "pairs")
+    assert not (tmp_path / "hacked").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def numbered(n):
+    """n pictures in which the first pixel is the number of the picture, and the right half is darker."""
+    images = torch.full((n, *SHAPE), 200, dtype=torch.uint8)
+    images[..., 2:] = 20
+    images[:, 0, 0, 0] = images[:, 0, 0, 3] = torch.arange(n)
+    return images
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_stored_pairs_stay_together_and_are_never_mirrored(classes):
+    torch.manual_seed(0)
+    images = numbered(100)
+    x0, x1, labels = chapter.draw_stored(images, 11, classes)(300)
+    index = ((x1[:, 0, 0, 0] + 1) * 127.5).round().long()
+    assert len(index.unique()) > 90
+    assert torch.equal(x1, chapter.to_floats(images[index]))
+    assert torch.equal(x0, chapter.pair_noise(11, index, SHAPE))
+    assert torch.equal(labels, index % 3) if classes else labels is None
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_pictures_are_mirrored_half_of_the_time(classes):
+    torch.manual_seed(0)
+    images, kinds = numbered(100), torch.arange(100) % 3
+    x0, x1, labels = chapter.draw_independent(images, kinds, classes)(2000)
+    index = ((x1[:, 0, 0, 0] + 1) * 127.5).round().long()
+    mirrored = x1[:, 1, 1, 0] < x1[:, 1, 1, 3]
+    assert 900 < mirrored.sum() < 1100 and len(index.unique()) == 100
+    whole = chapter.to_floats(images[index])
+    assert torch.equal(x1, torch.where(mirrored[:, None, None, None], whole.flip(3), whole))
+    assert torch.equal(labels, kinds[index]) if classes else labels is None
+    assert abs(x0.mean()) < 0.02 and abs(x0.std() - 1) < 0.02
+    assert abs(torch.corrcoef(torch.stack([x0[:, 0, 0, 0], index.float()]))[0, 1]) < 0.1
+
+
+def test_a_process_draws_its_share_of_the_batch(monkeypatch):
+    monkeypatch.setattr(chapter, "process", lambda: (1, 2))
+    sizes, seen = [], []
+
+    def draw(n):
+        sizes.append(n)
+        return torch.zeros(n, *SHAPE), torch.ones(n, *SHAPE), torch.arange(n)
+
+    def model(x, t, labels):
+        seen.append(labels)
+        torch.testing.assert_close(x, t[:, None, None, None].expand_as(x))      # at x_t = t
+        return torch.zeros_like(x)
+    loss = chapter.pair_loss(draw, settings(batch=12), CPU)(model, None, 0)
+    assert sizes == [6] and torch.equal(loss, torch.ones(6)) and torch.equal(seen[0], torch.arange(6))
+
+
+def test_bytes_and_floats():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(chapter.to_bytes(chapter.to_floats(every)), every)
+    assert chapter.to_floats(every).aminmax() == (-1, 1)
+    assert chapter.to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling and metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_config(*more):
+    return chapter.parse_config(chapter.Config, [*TINY, *map(str, more)])
+
+
+def tiny_velocity(classes=0):
+    """A network whose weights are not those of the start, where its output is nearly 0."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    flow = chapter.Flow(config, 3, classes)
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return chapter.Velocity(flow.eval(), config)
+
+
+def test_pair_i_has_label_i_modulo_the_classes():
+    velocity, index = tiny_velocity(classes=4), torch.arange(6, 11)
+    noise = chapter.pair_noise(0, index, (3, 8, 8))
+    labels = torch.tensor([2, 3, 0, 1, 2])
+    expected = chapter.integrate(lambda x, t: velocity.flow(x, t, labels), noise, 2)[-1]
+    torch.testing.assert_close(chapter.sample(velocity, noise, index, 2), expected)
+    for i in range(5):                                                  # whoever is in the batch
+        alone = chapter.sample(velocity, noise[i:i + 1], index[i:i + 1], 2)
+        torch.testing.assert_close(alone[0], expected[i], rtol=1e-4, atol=1e-5)
+    assert (chapter.sample(velocity, noise, index + 1, 2) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method, steps, evaluations", [("euler", 1, 1), ("euler", 5, 5), ("heun", 5, 10)])
+def test_evaluations_are_counted(method, steps, evaluations):
+    velocity = tiny_velocity()
+    for config in (tiny_config(), tiny_config("--shard", 24)):          # three batches, one batch
+        images, used = chapter.generate(velocity, config, (3, 8, 8), CPU, steps, method)
+        assert used == evaluations and images.shape == (24, 3, 8, 8) and images.abs().max() <= 1
+    assert velocity.evaluations == 4 * evaluations and not images.requires_grad
+
+
+def test_rk45_takes_more_evaluations_for_less_tolerance():
+    used = [chapter.generate(tiny_velocity(), tiny_config("--tolerance", tolerance), (3, 8, 8), CPU, 1, "rk45")[1]
+            for tolerance in (1e-2, 1e-6)]
+    assert 10 < used[0] < used[1]
+
+
+def test_every_network_and_solver_starts_from_the_same_new_noise():
+    class Still:
+        """A velocity of 0 which remembers what it saw first."""
+        classes, evaluations = 0, 0
+
+        def __call__(self, x, t, labels):
+            self.seen = getattr(self, "seen", []) + [x] * (t[0] == 0).item()
+            return torch.zeros_like(x)
+    noise = chapter.pair_noise(chapter.seed_for(0, 999), torch.arange(10), SHAPE)
+    for method, steps in [("euler", 1), ("euler", 4), ("heun", 2)]:
+        still = Still()
+        images, _ = chapter.generate(still, settings(), SHAPE, CPU, steps, method)
+        assert torch.equal(torch.cat(still.seen), noise) and torch.equal(images, noise.clamp(-1, 1))
+    for stream in range(1, 11):                                         # not those of the pairs of any round
+        assert not (noise == chapter.pair_noise(chapter.seed_for(0, stream), torch.arange(10), SHAPE)).any()
+
+
+def test_moments_of_the_data_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, calls = chapter.shapes(50, 8)[0], []
+
+    def features(x):
+        calls.append(len(x))
+        return x.flatten(1)[:, :5]
+    mean, cov = chapter.data_moments(images, features, "some", CPU)
+    expected = chapter.moments(chapter.to_floats(images).flatten(1)[:, :5])
+    for number, other in zip((mean, cov), expected, strict=True):
+        torch.testing.assert_close(number, other)
+    again = chapter.data_moments(images, features, "some", CPU)
+    assert torch.equal(again[0], mean) and torch.equal(again[1], cov) and calls == [50]
+    chapter.data_moments(images, features, "other", CPU)
+    chapter.data_moments(images[:49], features, "some", CPU)
+    assert calls == [50, 50, 49] and len(list((tmp_path / "runs" / "cache").iterdir())) == 3
+    for path in (tmp_path / "runs" / "cache").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(chapter.UserError, match="delete it"):
+        chapter.data_moments(images, features, "some", CPU)
+
+
+def test_the_distance_of_a_set_to_itself_is_zero():
+    images, features = chapter.shapes(300, 8)[0], chapter.RandomFeatures()
+    real = chapter.feature_moments(images, features, CPU)
+    same = chapter.feature_moments(chapter.to_floats(images), features, CPU, size=70)
+    assert chapter.frechet_from_moments(*same, *real) < 1e-6
+    assert chapter.frechet_from_moments(*chapter.feature_moments(255 - images, features, CPU), *real) > 0.1
+
+
+def test_evaluation_holds_every_number():
+    features, config = chapter.RandomFeatures(), tiny_config()
+    real = chapter.feature_moments(chapter.shapes(64, 8)[0], features, CPU)
+    result, pictures = chapter.evaluate(tiny_velocity(classes=4), real, features, config, (3, 8, 8), CPU)
+    names = ["1", "2", "4", "8", "rk45"]
+    assert set(result) == {"FD", "NFE", "S", "S_by_t"}
+    assert list(result["FD"]) == list(result["NFE"]) == list(pictures) == names
+    assert [result["NFE"][name] for name in names[:4]] == [1, 2, 4, 8] and result["NFE"]["rk45"] > 10
+    assert result["S"] == pytest.approx(np.mean(result["S_by_t"])) and len(result["S_by_t"]) == 20
+    assert all(x.shape == (12, 3, 8, 8) for x in pictures.values())
+    json.dumps(result)
+    images, _ = chapter.generate(tiny_velocity(classes=4), config, (3, 8, 8), CPU, 2)
+    distance = chapter.frechet_distance(features(images), features(chapter.to_floats(chapter.shapes(64, 8)[0])))
+    assert result["FD"]["2"] == pytest.approx(distance, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; runs inside this process draw no figures."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_samples", "draw_quality", "draw_straightness"):
+        monkeypatch.setattr(chapter, name, lambda *arguments: None)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, monkeypatch, capsys):
+    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            chapter.launch(chapter.main, chapter.Config)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole tiny run of the real script.  Copy it before changing it."""
+    cwd = tmp_path_factory.mktemp("finished")
+    result = run_script(NAME, *TINY, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / NAME / "quick"
+
+
+def copy_run(finished, cwd, *without):
+    """The finished run, where a run in cwd would look for it, without some of its files."""
+    folder = Path(shutil.copytree(finished, cwd / "runs" / NAME / "quick"))
+    for name in without:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    return folder
+
+
+def one_line(err, *words):
+    """The whole of standard error is one line of ours, which holds the words."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert str(word) in lines[0], err
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
+
+
+def same_run(a, b, rounds=(1, 2)):
+    """The weights of both rounds and all shards are equal, bit for bit."""
+    same = [torch.equal(weights(a / f"{k}-rf.pt"), weights(b / f"{k}-rf.pt")) for k in rounds]
+    return all(same) and content(a / "pairs" / "2-rf") == content(b / "pairs" / "2-rf")
+
+
+def rows(folder):
+    """Stage and step of every row of metrics.csv."""
+    return [tuple(row[:2]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
+
+
+ROWS = [("1-rf", "2"), ("1-rf", "4"), ("1-rf", "6"), ("2-rf", "2"), ("2-rf", "4")]
+
+
+def test_a_run_leaves_exactly_its_files(finished):
+    assert {path.name for path in finished.iterdir()} == FILES and rows(finished) == ROWS
+    assert sorted(content(finished / "pairs" / "2-rf")) == ["00000.npy", "00001.npy", "00002.npy"]
+    assert not torch.equal(weights(finished / "1-rf.pt"), weights(finished / "2-rf.pt"))
+    results = json.loads((finished / "results.json").read_text())
+    assert len(results["rounds"]) == 2 and results["samples"] == 24 and "random features" in results["distance"]
+    for name in ("samples.png", "quality.png", "straightness.png"):
+        with Image.open(finished / name) as image:
+            image.load()
+            assert min(image.size) >= 400 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_second_round_starts_from_the_first_and_uses_the_averaged_network(run, here):
+    """At learning rate 0 nothing moves; and the pairs of a trained run are those of its 1-rf.pt."""
+    assert run(*TINY, "--lr", 0, "--out", "still")[0] == 0
+    assert torch.equal(weights(here / "still" / "1-rf.pt"), weights(here / "still" / "2-rf.pt"))
+    assert run(*TINY, "--lr", 0.05, "--warmup", 0, "--ema-decay", 0.5, "--out", "moving")[0] == 0
+    remade(here / "moving", here / "again", tiny_config("--ema-decay", 0.5))
+    assert content(here / "again") == content(here / "moving" / "pairs" / "2-rf")
+    assert content(here / "again") != content(here / "still" / "pairs" / "2-rf")
+
+
+def remade(folder, pairs, config):
+    """Make the pairs of a run again from the file of its first round."""
+    flow = chapter.load_round(folder / "1-rf.pt", config, 3, 0, CPU)
+    chapter.make_pairs(chapter.Velocity(flow, config), pairs, config, (3, 8, 8), CPU, stream=2)
+
+
+def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, here, monkeypatch):
+    folder = copy_run(finished, here)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("train", "make_pairs"):
+        monkeypatch.setattr(chapter, name, None)
+    code, out, err = run(*TINY)
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "1-RF" in out and "2-RF" in out
+
+
+def test_conditional_and_three_rounds(run, here):
+    code, out, err = run(*TINY, "--conditional", "--rounds", 3, "--pair-solver", "euler")
+    assert code == 0, err
+    folder = here / "runs" / NAME / "quick"
+    assert rows(folder) == ROWS + [("3-rf", "2"), ("3-rf", "4")] and "3-RF" in out
+    assert {path.name for path in (folder / "pairs").iterdir()} == {"2-rf", "3-rf"}
+    assert "model.map_label.weight" in torch.load(folder / "3-rf.pt", weights_only=True)["model"]
+
+
+def draw_pictures(folder, kinds=("cats", "dogs"), each=4):
+    """A folder of pictures in class sub-folders."""
+    for kind, i in itertools.product(kinds, range(each)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 16), (60 * i, 100, 30)).save(folder / kind / f"{i}.png")
+
+
+def test_ones_own_pictures(run, here):
+    draw_pictures(here / "photos")
+    code, _, err = run(*TINY, "--data", "photos", "--conditional")
+    assert code == 0, err
+    model = torch.load(here / "runs" / NAME / "quick" / "2-rf.pt", weights_only=True)["model"]
+    assert model["model.map_label.weight"].shape[1] == 2
+
+
+BAD = {
+    "empty folder": (["--data", "empty"], ["empty", "no readable image"]),
+    "no such folder": (["--data", "nowhere"], ["nowhere", "no such folder"]),
+    "one picture": (["--data", "single"], []),
+    "one shape": (["--data-size", 1], []),
+    "no CIFAR-10": (["--data", "cifar10", "--data-dir", "somewhere"], ["somewhere", "--download"]),
+    "no Inception network": (["--fid", "--data-dir", "somewhere"], ["somewhere", "--download"]),
+    "no pairs": (["--pairs", 0], ["--pairs 0"]),
+    "size 12": (["--image-size", 12], ["image-size", "12"]),
+    "too many levels": (["--mult", 1, 1, 1, 1, 1], ["mult"]),
+    "6 channels": (["--channels", 6], ["channels"]),
+    "48 channels, then 96": (["--channels", 48, "--mult", 1, 2], ["channels"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line_and_leaves_no_run(run, here, name):
+    (here / "empty").mkdir()
+    draw_pictures(here / "single", ["cat"], 1)
+    args, words = BAD[name]
+    code, _, err = run(*TINY, *args, "--out", "new/run")
+    assert code == 2
+    one_line(err, *words)
+    assert not (here / "new").exists()
+
+
+def test_other_settings_do_not_continue_a_run(finished, run, here):
+    folder = copy_run(finished, here)
+    for args, words in [(["--lr", 0.5], "lr=0.002"), (["--mult", 1, 2], "mult="), (["--pair-steps", 4], "pair_steps=3")]:
+        code, _, err = run(*TINY, *args)
+        assert code == 2
+        one_line(err, words, "--fresh")
+    assert same_run(folder, finished)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kills, stops, full disks
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A process that runs the chapter without its evaluation; {spy} changes the module before.
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import load
+chapter = load({name!r})
+chapter.report = lambda *arguments: None
+{spy}
+chapter.launch(chapter.main, chapter.Config)
+"""
+
+KILL_AT_ROW = """
+inner = chapter.log_line
+def log_line(path, stage, step, *rest):
+    inner(path, stage, step, *rest)
+    if (stage, step) == ({!r}, {}):
+        os.kill(os.getpid(), signal.SIGKILL)
+chapter.log_line = log_line
+"""
+
+KILL_IN_SHARD = """
+inner, calls = chapter.np.save, []
+def save(file, array):
+    calls.append(file.name)
+    if len(calls) == {}:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(file, array)
+chapter.np.save = save
+"""
+
+
+def test_killed_in_every_stage_and_rerun_gives_the_same_bits(finished, run, here):
+    """kill -9 between log row and checkpoint of 1-RF, within the second shard, between row and checkpoint of 2-RF."""
+    folder = here / "runs" / NAME / "quick"
+    for spy, stage, step, shards in [(KILL_AT_ROW.format("1-rf", 4), "1-rf", 2, 0),
+                                     (KILL_IN_SHARD.format(2), "1-rf", 6, 1), (KILL_AT_ROW.format("2-rf", 4), "2-rf", 2, 3)]:
+        code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
+        result = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        state = chapter.load_checkpoint(folder / "checkpoint.pt")
+        assert (state["stage"], state["step"]) == (stage, step)
+        assert len(list((folder / "pairs").glob("2-rf/0*.npy"))) == shards
+    assert run(*TINY)[0] == 0
+    assert same_run(folder, finished) and rows(folder) == ROWS
+    assert json.loads((folder / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
+    assert not list(folder.rglob("*part*"))
+
+
+def test_sigterm_while_making_pairs_finishes_the_shard(finished, run, here, monkeypatch):
+    folder = copy_run(finished, here, "pairs", "2-rf.pt")
+    inner = chapter.sample
+
+    def sample(velocity, z0, index, *rest):
+        if index[0] == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return inner(velocity, z0, index, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(chapter, "sample", sample)
+        before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not postponed"))
+        try:
+            code, _, err = run(*TINY)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
+    assert sorted(content(folder / "pairs" / "2-rf")) == ["00000.npy", "00001.npy"]
+    assert run(*TINY)[0] == 0
+    assert same_run(folder, finished)
+
+
+def test_a_full_disk_while_making_pairs_is_one_line(finished, run, here):
+    """No file may grow past 1000 bytes; with room again the run goes on as if nothing had been."""
+    resource = pytest.importorskip("resource")
+    folder = copy_run(finished, here, "pairs", "2-rf.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        code, _, err = run(*TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    one_line(err, "cannot write", "00000.npy")
+    assert not content(folder / "pairs" / "2-rf")
+    assert run(*TINY)[0] == 0
+    assert same_run(folder, finished)
+
+
+def test_a_spoiled_shard_stops_the_run(finished, run, here):
+    folder = copy_run(finished, here, "2-rf.pt")
+    spoil(folder / "pairs" / "2-rf" / "00001.npy", "truncated")
+    code, _, err = run(*TINY)
+    assert code == 2
+    one_line(err, "00001.npy", "delete it")
+    (folder / "pairs" / "2-rf" / "00001.npy").unlink()
+    assert run(*TINY)[0] == 0
+    assert same_run(folder, finished)
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e3"])
+def test_an_absurd_learning_rate_makes_no_absurd_pairs(run, here, lr):
+    """A network whose samples are not finite: one line, and no shard that a byte would make look like a picture."""
+    code, _, err = run(*TINY, "--lr", lr, "--warmup", 0, "--lr-decay", "constant", "--out", "run")
+    assert lr != "1e30" or code == 2
+    if code:
+        assert code == 2 and "--lr" in err and "Traceback" not in err
+        assert not list((here / "run").glob("pairs/2-rf/*.npy"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A given teacher
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_takes_the_place_of_the_first_round(finished, run, here):
+    """1-RF is copied, not trained; all that follows is as in the run that trained it."""
+    code, _, err = run(*TINY, "--teacher", finished / "1-rf.pt")
+    assert code == 0, err
+    folder = here / "runs" / NAME / "quick"
+    assert rows(folder) == ROWS[3:] and same_run(folder, finished)
+
+
+def bad_teacher(how, finished):
+    """Write something that is no teacher for this run to "teacher.pt"."""
+    path, good = Path("teacher.pt"), torch.load(finished / "1-rf.pt", weights_only=True)
+    if how == "of chapter 1":
+        first = load("01_rectified_flow")
+        first.save_checkpoint(path, config=first.dataclasses.asdict(first.Config()), model=first.VelocityMLP().state_dict())
+    elif how == "random bytes":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif how == "truncated":
+        path.write_bytes((finished / "1-rf.pt").read_bytes()[:-500])
+    elif how == "a folder":
+        path.mkdir()
+    elif how == "a hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile(), protocol=2))
+    elif how == "a hostile pickle in torch's format":
+        torch.save(good | {"model": Hostile()}, path)
+    elif how == "without weights":
+        torch.save({"config": good["config"]}, path)
+    elif how == "with other weights":
+        torch.save(good | {"model": {name: p.repeat(2) for name, p in good["model"].items() if p.ndim == 1}}, path)
+    elif how == "with strange weights":
+        torch.save(good | {"model": [1, 2]}, path)
+    elif how == "with strange settings":
+        torch.save(good | {"config": 3}, path)
+
+
+@pytest.mark.parametrize("how", ["missing", "of chapter 1", "random bytes", "truncated", "a folder", "a hostile pickle",
+                                 "a hostile pickle in torch's format", "without weights", "with other weights",
+                                 "with strange weights", "with strange settings"])
+def test_a_bad_teacher_is_one_line_and_leaves_no_run(finished, run, here, how):
+    bad_teacher(how, finished)
+    code, _, err = run(*TINY, "--teacher", "teacher.pt")
+    assert code == 2
+    one_line(err, "teacher.pt")
+    assert not (here / "hacked").exists() and not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("args, flag", [
+    (["--channels", 8], "--channels 4"), (["--image-size", 16], "--image-size 8"), (["--mult", 1, 2], "--mult"),
+    (["--blocks", 2], "--blocks 1"), (["--attention", 8], "--attention"), (["--conditional"], "--conditional False"),
+    (["--data", "grey"], None)], ids=lambda value: " ".join(map(str, value or [])))
+def test_a_teacher_of_another_network_names_the_flag(finished, run, here, args, flag):
+    draw_pictures(here / "grey")
+    code, _, err = run(*TINY, "--teacher", finished / "1-rf.pt", "--out", "new", *args)
+    if flag is None:                            # other pictures of the same size may well learn from it
+        assert code == 0, err
+    else:
+        assert code == 2 and not (here / "new").exists()
+        one_line(err, "1-rf.pt", flag)
+
+
+def test_a_teacher_of_other_classes_is_one_line(run, here):
+    draw_pictures(here / "three", ["a", "b", "c"], 2)
+    config = tiny_config("--conditional")
+    torch.save({"config": chapter.dataclasses.asdict(config), "model": chapter.Flow(config, 3, 4).state_dict()}, "4.pt")
+    code, _, err = run(*TINY, "--conditional", "--data", "three", "--teacher", "4.pt", "--out", "new")
+    assert code == 2 and not (here / "new").exists()
+    one_line(err, "4.pt", "map_label")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_run_the_whole_script(here):
+    """To the end, with one table; their pairs are those that one process makes of the same 1-rf.pt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / f"{NAME}.py"]
+    result = subprocess.run([*command, *TINY, "--out", "run"], cwd=here, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (here / "run").iterdir()} == FILES and rows(here / "run") == ROWS
+    assert result.stdout.count("evaluations; S") == 1
+    for numbers in json.loads((here / "run" / "results.json").read_text())["rounds"]:
+        assert all(math.isfinite(x) for x in [*numbers["FD"].values(), numbers["S"]])
+    remade(here / "run", here / "again", tiny_config())
+    theirs, ours = (chapter.load_pairs(path, tiny_config(), (3, 8, 8), CPU).int()
+                    for path in (here / "run" / "pairs" / "2-rf", here / "again"))
+    assert (theirs - ours).abs().max() <= 1             # other numbers of threads may round otherwise
