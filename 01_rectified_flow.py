@@ -111,7 +111,7 @@ def flow_matching_loss(velocity, x0, x1, t):
 
 
 def make_pairs(velocity, x0, steps):
-    """Reflow's coupling (z0, z1 = ODE[v](z0)) [Liu+22 section 2.2]: keep the pairing, train on it with the same loss.
+    """Reflow's coupling (z0, z1 = ODE[v](z0)) [Liu+22]: keep the pairing, train on it with the same loss.
 
     x0: (B, *D) noise;  steps: Heun steps, 2 evaluations each.  Returns z0 (B, *D), z1 (B, *D).
     """
@@ -228,8 +228,8 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
     """Dormand-Prince 5(4) by scipy, which wants one flat float64 vector.  Returns (2, B, *D): start and end."""
     def slope(t, flat):
         z = torch.as_tensor(flat, dtype=x0.dtype).to(x0.device).reshape(x0.shape)
-        return velocity(z, x0.new_full(x0.shape[:1], t)).double().cpu().numpy().ravel()
-    solution = solve_ivp(slope, (0.0, 1.0), x0.double().cpu().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
+        return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
+    solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 
@@ -239,7 +239,7 @@ def reverse(velocity):
 
 
 def straightness(velocity, x0, steps=100):
-    """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22 eq. 5].
+    """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22].
 
     x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B;
     0 means that one Euler step is exact.
@@ -261,7 +261,7 @@ def wasserstein2(a, b):
     """
     if a.shape != b.shape:
         raise ValueError(f"W2 by assignment needs equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
-    cost = torch.cdist(a.double(), b.double()).square().cpu().numpy()      # (n, n)
+    cost = torch.cdist(a.cpu().double(), b.cpu().double()).square().numpy()      # (n, n)
     return math.sqrt(cost[linear_sum_assignment(cost)].mean())
 
 
@@ -475,9 +475,10 @@ def draw_quality(results, floor, folder):
     figure, axes = new_figure(1, size=5.0)
     for k, result in enumerate(results, 1):
         counts = [int(n) for n in result["W2"]]
-        axes[0, 0].loglog(counts, list(result["W2"].values()), "o-", linewidth=2, label=f"{k}-RF")
+        size = max(3, 14 - 4 * k)                          # curves that coincide stay visible behind each other
+        axes[0, 0].semilogx(counts, list(result["W2"].values()), "o-", linewidth=2, markersize=size, label=f"{k}-RF")
     axes[0, 0].axhline(floor, color="0.5", linestyle="--", label="two draws of data")
-    axes[0, 0].set(xlabel="Euler steps", ylabel="W2 to data", xticks=counts, xticklabels=counts)
+    axes[0, 0].set(xlabel="Euler steps", ylabel="W2 to data", ylim=(0, None), xticks=counts, xticklabels=counts)
     axes[0, 0].minorticks_off()
     axes[0, 0].legend(frameon=False)
     save_figure(figure, folder / "quality.png")

@@ -108,12 +108,13 @@ class Config:
         "gpu": dict(                                       # one GPU, about half an hour: DDPM++ at half its depth
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999,
-            pairs=50000, pair_steps=18, shard=500, eval_size=10000, tolerance=1e-4, log_every=100, checkpoint_every=1000),
+            pairs=50000, pair_steps=18, shard=500, eval_size=10000, tolerance=1e-4, log_every=100,
+            checkpoint_every=1000),
         "paper": dict(                                     # [Liu+22] appendix: DDPM++, 4 M pairs by rk45, constant rate
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
-            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, tolerance=1e-5, log_every=100,
-            checkpoint_every=10000),
+            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, tolerance=1e-5,
+            log_every=100, checkpoint_every=10000),
     }
 
 
@@ -124,7 +125,7 @@ class Config:
 
 # Differs from 01_rectified_flow.py: pairs are many and large, so they are written to disk in shards
 def make_pairs(velocity, folder, config, shape, device, stream):
-    """Reflow's coupling (z0, z1 = ODE[v](z0)) [Liu+22 section 2.2] for indices 0 ... config.pairs - 1, in files.
+    """Reflow's coupling (z0, z1 = ODE[v](z0)) [Liu+22] for indices 0 ... config.pairs - 1, in files.
 
     Only z1 is stored, as bytes: z0 is pair_noise of the index.  A killed run loses at most the shard in hand, and each
     process of a torchrun makes every world-th shard.  velocity: (x (B, *shape), t (B,), labels) -> (B, *shape).
@@ -324,14 +325,14 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
     """Dormand-Prince 5(4) by scipy, which wants one flat float64 vector.  Returns (2, B, *D): start and end."""
     def slope(t, flat):
         z = torch.as_tensor(flat, dtype=x0.dtype).to(x0.device).reshape(x0.shape)
-        return velocity(z, x0.new_full(x0.shape[:1], t)).double().cpu().numpy().ravel()
-    solution = solve_ivp(slope, (0.0, 1.0), x0.double().cpu().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
+        return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
+    solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 
 # Copied from 01_rectified_flow.py
 def straightness(velocity, x0, steps=100):
-    """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22 eq. 5].
+    """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22].
 
     x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B;
     0 means that one Euler step is exact.

@@ -270,8 +270,8 @@ def spoil(path, how):
     """Make something else of a shard of 8 images."""
     array, images = np.load(path), path.read_bytes()
     path.unlink()
-    other = {"short": array[:5], "larger pictures": array.repeat(2, 3), "flat": array[:, 0], "no array": array[0, 0, 0, 0],
-             "floats": array.astype(np.float32), "objects": np.array([{}] * 8)}
+    other = {"short": array[:5], "larger pictures": array.repeat(2, 3), "flat": array[:, 0],
+             "no array": array[0, 0, 0, 0], "floats": array.astype(np.float32), "objects": np.array([{}] * 8)}
     if how == "truncated":
         path.write_bytes(images[:-100])
     elif how == "cut in the heading":
@@ -648,8 +648,8 @@ def test_a_mistake_is_one_line_and_leaves_no_run(run, here, name):
 
 def test_other_settings_do_not_continue_a_run(finished, run, here):
     folder = copy_run(finished, here)
-    for args, words in [(["--lr", 0.5], "lr=0.002"), (["--mult", 1, 2], "mult="), (["--pair-steps", 4], "pair_steps=3")]:
-        code, _, err = run(*TINY, *args)
+    for flag, value, words in [("--lr", 0.5, "lr=0.002"), ("--blocks", 2, "blocks=1"), ("--pair-steps", 4, "steps=3")]:
+        code, _, err = run(*TINY, flag, value)
         assert code == 2
         one_line(err, words, "--fresh")
     assert same_run(folder, finished)
@@ -695,8 +695,9 @@ chapter.np.save = save
 def test_killed_in_every_stage_and_rerun_gives_the_same_bits(finished, run, here):
     """kill -9 between log row and checkpoint of 1-RF, within the second shard, between row and checkpoint of 2-RF."""
     folder = here / "runs" / NAME / "quick"
-    for spy, stage, step, shards in [(KILL_AT_ROW.format("1-rf", 4), "1-rf", 2, 0),
-                                     (KILL_IN_SHARD.format(2), "1-rf", 6, 1), (KILL_AT_ROW.format("2-rf", 4), "2-rf", 2, 3)]:
+    moments = [(KILL_AT_ROW.format("1-rf", 4), "1-rf", 2, 0), (KILL_IN_SHARD.format(2), "1-rf", 6, 1),
+               (KILL_AT_ROW.format("2-rf", 4), "2-rf", 2, 3)]
+    for spy, stage, step, shards in moments:
         code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
         result = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, result.stderr
@@ -786,7 +787,8 @@ def bad_teacher(how, finished):
     path, good = Path("teacher.pt"), torch.load(finished / "1-rf.pt", weights_only=True)
     if how == "of chapter 1":
         first = load("01_rectified_flow")
-        first.save_checkpoint(path, config=first.dataclasses.asdict(first.Config()), model=first.VelocityMLP().state_dict())
+        config, model = first.dataclasses.asdict(first.Config()), first.VelocityMLP()
+        first.save_checkpoint(path, config=config, model=model.state_dict())
     elif how == "random bytes":
         path.write_bytes(np.random.default_rng(0).bytes(5000))
     elif how == "truncated":

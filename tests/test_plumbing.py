@@ -467,7 +467,7 @@ def test_killed_at_any_moment_and_rerun_gives_the_same_bits(finished, tmp_path):
     assert (folder / "results.json").read_text() == (finished[0] / "results.json").read_text()
 
 
-@pytest.mark.parametrize("cut", ["", "stage,st", "stage,step,loss,floor,samples_per_s\n1-rf,5,13."])
+@pytest.mark.parametrize("cut", ["", "stage,st", "stage,step,loss,floor,seconds,samples_per_s\n1-rf,5,13."])
 def test_a_log_cut_short_by_a_kill_is_mended(finished, run, here, cut):
     """The table may have been killed in the middle of its heading or of a row."""
     folder = copy_run(finished, here)
@@ -537,7 +537,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(finished, run, her
 def test_a_log_on_a_full_disk_is_a_user_error(tmp_path):
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(chapter.UserError, match="metrics.csv"):
-        chapter.log_line(tmp_path / "metrics.csv", "1-rf", 1, 2.0, None, 3.0)
+        chapter.log_line(tmp_path / "metrics.csv", "1-rf", 1, 2.0, None, 3.0, 4.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
