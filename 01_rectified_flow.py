@@ -430,7 +430,7 @@ def save_figure(figure, path):
     """Write the file whole or not at all, and free the memory."""
     from matplotlib import pyplot
     with replacing(path) as part:
-        figure.savefig(part, dpi=150)
+        figure.savefig(part, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -573,6 +573,7 @@ def choose_device(config):
         raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
     torch.set_float32_matmul_precision("high")             # TF32; the one switch that torch.compile accepts everywhere
     torch.backends.cudnn.benchmark = name == "cuda"
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")    # wrong gradients up to torch 2.14, issue 193061
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cuda":

@@ -1,0 +1,1045 @@
+"""Chapter 3: times, distances, samplers and inversion against closed forms; foreign files; whole tiny runs.
+
+Closed forms are those of Gaussian data N(0, s^2), whose flow is linear, and of a mixture of two in one dimension.
+Network, data and what is copied have tests of their own.  Most runs happen inside this process.
+"""
+
+import builtins
+import contextlib
+import copyreg
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import urllib.request
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, load, run_script
+from PIL import Image
+from scipy.stats import chi2, kstest, norm
+from torch import nn
+
+NAME = "03_improved_training"
+chapter = load(NAME)
+TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --real-steps 2 --pairs 24 --real-pairs 16 --shard 8 --eval-size 24 "
+        "--pair-steps 3 --channels 4 --image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 "
+        "--checkpoint-every 2 --device cpu").split()
+FIGURES = {"training.png", "samples.png", "ladder.png", "inversion.png", "editing.png"}
+CPU = torch.device("cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Times
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cdf(t, a=4.0):
+    """The integral of a cosh(a (t - 1/2)) / (2 sinh(a/2)), by hand."""
+    return 0.5 + np.sinh(a * (t - 0.5)) / (2 * np.sinh(a / 2))
+
+
+@pytest.fixture
+def times_at(monkeypatch):
+    """times_at(y, a): what the sampler makes of uniform numbers y that are given rather than drawn."""
+    def times_at(y, a=4.0, **options):
+        y = torch.as_tensor(y, dtype=torch.float64)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda n, **_: y[:n])
+            return chapter.u_shaped_times(len(y), a, **options).numpy()
+    return times_at
+
+
+def test_the_density_integrates_to_one_and_has_the_published_values():
+    t = np.linspace(0, 1, 100001)
+    density = 4 * np.cosh(4 * (t - 0.5)) / (2 * np.sinh(2))
+    assert np.trapezoid(density, t) == pytest.approx(1, abs=1e-8)
+    assert density[[0, -1, 50000]] == pytest.approx([2.07463, 2.07463, 0.55144], abs=1e-5)
+    assert np.gradient(cdf(t), t)[1:-1] == pytest.approx(density[1:-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("a", [1e-3, 0.5, 4.0, 12.0])
+def test_times_invert_the_distribution_function(times_at, a):
+    y = np.linspace(0, 1, 1001)
+    assert cdf(times_at(y, a), a) == pytest.approx(y, abs=1e-9)
+
+
+def test_times_have_the_published_quantiles_and_moments(times_at):
+    assert times_at([0.01, 0.05, 0.1, 0.25, 0.5]) == pytest.approx([.004865, .025292, .053294, .160764, .5], abs=1e-6)
+    t = times_at((np.arange(10 ** 5) + 0.5) / 10 ** 5)
+    assert t.mean() == pytest.approx(0.5, abs=1e-9) and t.var() == pytest.approx(0.115671, abs=1e-6)
+    assert ((t < 0.1) | (t > 0.9)).mean() == pytest.approx(0.34501, abs=2e-5)
+    assert (abs(t - 0.5) < 0.1).mean() == pytest.approx(0.11325, abs=2e-5)
+    loss = 0.25 / ((1 - t) ** 2 + 0.25 * t ** 2)                    # 1-RF's least loss on N(0, 1/4), at each t
+    assert loss.mean() == pytest.approx(0.763549, abs=1e-5)
+
+
+@pytest.mark.parametrize("a", [0.5, 4.0])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_drawn_times_follow_the_density_and_are_symmetric(a, antithetic):
+    """2 cosh(a t), which the paper prints, is not symmetric: a sample of it fails both halves of this test."""
+    torch.manual_seed(0)
+    t = chapter.u_shaped_times(50000, a, antithetic=antithetic).double()
+    literal = torch.asinh(torch.rand(50000).double() * math.sinh(a)) / a         # density ~ cosh(a t)
+    for sample, passes in ((t, True), (literal, False)):
+        half = sample[:25000] if antithetic else sample                          # the other half is its mirror image
+        assert (kstest(half.numpy(), partial(cdf, a=a)).pvalue > 1e-3) == passes
+        assert (abs(sample.mean() - 0.5) < 5 * (1 / 12 / 50000) ** 0.5 * 2) == passes
+    assert literal.mean() == pytest.approx({0.5: 0.5196, 4.0: 0.7590}[a], abs=0.005)
+    assert t.min() > -1e-6 and t.max() < 1 + 1e-6
+
+
+def test_times_without_steepness_are_uniform():
+    torch.manual_seed(0)
+    t = chapter.u_shaped_times(20000, 0.0)
+    assert kstest(t.numpy(), "uniform").pvalue > 1e-3
+    for a in (0.0, 1e-4):
+        torch.manual_seed(0)
+        torch.testing.assert_close(chapter.u_shaped_times(20000, a), t, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("a", [0.0, 1e-30, 4.0, 50.0])
+@pytest.mark.parametrize("y", [0.0, 0.5, 1 - 2 ** -24])
+def test_times_are_finite_at_the_ends(monkeypatch, a, y):
+    """At the least and the greatest number that torch.rand gives, and at any steepness that --a allows."""
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), y))
+    t = chapter.u_shaped_times(4, a)
+    assert t.shape == (4,) and t.dtype == torch.float32 and t.isfinite().all() and ((-1e-6 < t) & (t < 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("a", [0.0, 4.0])
+def test_antithetic_times_are_pairs_and_cancel_odd_functions(a):
+    torch.manual_seed(0)
+    t = chapter.u_shaped_times(1000, a, antithetic=True)
+    torch.testing.assert_close(t[:500] + t[500:], torch.ones(500), rtol=0, atol=1e-6)
+    for odd in (lambda u: u, lambda u: u ** 3, lambda u: torch.sin(5 * u)):
+        assert abs(odd(t - 0.5).mean()) < 1e-6 < abs(odd(t[:500] - 0.5).mean())
+    assert chapter.u_shaped_times(7, a, antithetic=True).shape == (7,)
+    assert len(t.unique()) > 900
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def huber(residual):
+    """The definition for one sample, in numpy."""
+    d = residual.size
+    c = 0.00054 * d
+    return (np.sqrt(np.sum(np.square(residual, dtype=np.float64)) + c * c) - c) / d
+
+
+@pytest.mark.parametrize("size, table", [(32, (0.00134, 0.00490, 0.01751)), (64, (0.00051, 0.00222, 0.00850))])
+def test_huber_has_the_published_values(size, table):
+    """Of residuals with root mean square 0.1, 0.3 and 1; c is 1.65888 at 32 x 32."""
+    target = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    residual = torch.ones_like(target) * torch.tensor([0.1, 0.3, 1.0])[:, None, None, None]
+    assert chapter.pseudo_huber(target + residual, target).tolist() == pytest.approx(table, abs=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4), (3, 32, 32)])
+def test_huber_against_the_definition(shape):
+    rng = np.random.default_rng(0)
+    v, target = rng.normal(size=(2, 6, *shape)) * np.logspace(-3, 2, 6).reshape(-1, *[1] * len(shape))
+    got = chapter.pseudo_huber(torch.tensor(v), torch.tensor(target))
+    assert got.shape == (6,) and got.tolist() == pytest.approx([huber(r) for r in v - target], rel=1e-9)
+
+
+def test_huber_is_quadratic_then_linear():
+    d, c = 3072, 1.65888
+    direction = torch.nn.functional.normalize(torch.randn(1, d, dtype=torch.float64), dim=1)
+    target = torch.randn(1, d, dtype=torch.float64)
+    assert chapter.pseudo_huber(target, target).item() == 0
+    for r in (1e-3 * c, 1e-2 * c):
+        assert chapter.pseudo_huber(target + r * direction, target).item() == pytest.approx(r * r / (2 * c * d), rel=1e-4)
+    for r in (1e3 * c, 1e4 * c):
+        assert chapter.pseudo_huber(target + r * direction, target).item() == pytest.approx((r - c) / d, rel=1e-3)
+
+
+def test_the_gradient_of_huber_is_shorter_than_one_over_d():
+    torch.manual_seed(0)
+    residual = (torch.randn(8, 3, 8, 8) * torch.logspace(-3, 3, 8)[:, None, None, None]).requires_grad_()
+    chapter.pseudo_huber(residual, torch.zeros_like(residual)).sum().backward()
+    lengths = residual.grad.flatten(1).norm(dim=1)
+    assert (lengths < 1 / 192 * (1 + 1e-6)).all() and lengths[-1] > 0.999 / 192 and (lengths.diff() > -1e-9).all()
+
+
+def pair_at(t, seed=0, size=4):
+    """x0, x1, v, t for len(t) samples."""
+    torch.manual_seed(seed)
+    x0, x1, v = torch.randn(3, len(t), 3, size, size)
+    return x0, x1, v, torch.tensor(t)
+
+
+def distance(a, b):
+    """Stands in for LPIPS: any distance that tells which picture is which."""
+    return (a - b).square().mean((1, 2, 3)) * (1 + a.mean((1, 2, 3)).square())
+
+
+@pytest.mark.parametrize("divide", [False, True])
+def test_lpips_huber_is_the_published_formula(divide):
+    """t huber(velocity) + LPIPS(picture, predicted picture) [/ (1 - t)]; the prediction is off by (1 - t) (v - target)."""
+    x0, x1, v, t = pair_at([0.01, 0.3, 0.5, 0.99])
+    got = chapter.lpips_huber(v, x0, x1, t, distance, divide)
+    for i in range(4):
+        x1_hat = x1[i] + (1 - t[i]) * (v[i] - (x1[i] - x0[i]))
+        expected = t[i] * huber((v[i] - x1[i] + x0[i]).numpy())
+        expected += distance(x1[i:i + 1], x1_hat[None])[0] / (1 - t[i] if divide else 1)
+        assert got[i].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_identities_between_velocity_and_predictions():
+    """x1_hat - x1 = (1 - t) (v - (x1 - x0)); x0_hat = x_t - t v; x1_hat - x0_hat = v; both lie on a line with x_t."""
+    x0, x1, v, t = (x.double() for x in pair_at([0.0, 0.2, 0.7, 1.0]))
+    seen = []
+    chapter.lpips_huber(v, x0, x1, t, lambda a, b: seen.append((a, b)) or a.new_zeros(4))
+    (first, x1_hat), = seen
+    time, close = t[:, None, None, None], partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    xt = chapter.interpolate(x0, x1, t)
+    x0_hat = xt - time * v
+    assert first is x1
+    close(x1_hat - x1, (1 - time) * (v - (x1 - x0)))
+    close(x1_hat - x0_hat, v)
+    close(xt, (1 - time) * x0_hat + time * x1_hat)
+    for i in range(3):                                              # a last step of sampling ends in the same x1_hat
+        ended = chapter.few_step_sample(lambda *_: v[i:i + 1], xt[i:i + 1], [t[i].item()])
+        close(ended, x1_hat[i:i + 1])
+
+
+@pytest.mark.parametrize("divide", [False, True])
+def test_the_exact_velocity_has_no_lpips_huber_loss(divide):
+    x0, x1, _, t = pair_at([0.0, 0.4, 0.999, 1.0])
+    got = chapter.lpips_huber(x1 - x0, x0, x1, t, distance, divide)
+    assert got.abs().max() < 1e-9
+
+
+def test_the_weights_stay_finite_at_both_ends():
+    """At t = 0 only the picture counts, at t = 1 only the velocity; dividing by 1 - t overflows nowhere."""
+    x0, x1, v, t = pair_at([0.0, 1e-7, 1 - 1e-7, 1.0, 1.0000001])
+    v.requires_grad_()
+    for divide in (False, True):
+        loss = chapter.lpips_huber(v, x0, x1, t, distance, divide)
+        gradient, = torch.autograd.grad(loss.sum(), v)
+        assert loss.isfinite().all() and gradient.isfinite().all()
+        assert loss[0].item() == pytest.approx(distance(x1, x0 + v)[0].item(), rel=1e-5)
+        assert loss[3].item() == pytest.approx(huber((v - x1 + x0)[3].detach().numpy()), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a configuration trains on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_differs_only_as_documented():
+    """A to G: (times, distance, larger batch)."""
+    rows = {name: tuple(row.values()) for name, row in chapter.LADDER.items()}
+    assert rows == {"A": ("uniform", "l2", False), "B": ("uniform", "l2", True), "C": ("u", "l2", True),
+                    "D": ("u", "huber", True), "E": ("u", "lpips-huber", True), "F": ("u", "lpips-huber-1/t", True),
+                    "G": ("u", "lpips-huber-1/t", True)}
+    assert all(list(row) == ["times", "distance", "big"] for row in chapter.LADDER.values())
+
+
+EXPECTED = {
+    "l2": lambda v, x0, x1, t: (v - (x1 - x0)).square().mean((1, 2, 3)),
+    "huber": lambda v, x0, x1, t: chapter.pseudo_huber(v, x1 - x0),
+    "lpips-huber": lambda v, x0, x1, t: chapter.lpips_huber(v, x0, x1, t, distance),
+    "lpips-huber-1/t": lambda v, x0, x1, t: chapter.lpips_huber(v, x0, x1, t, distance, True),
+}
+
+
+@pytest.mark.parametrize("name", "ABCDEFG")
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_loss_of_a_configuration(monkeypatch, name, antithetic):
+    """Which times and which distance; the network sees x_t, t and the labels of the pairs that were drawn."""
+    x0, x1, v, t = pair_at([0.1, 0.4, 0.6, 0.95])
+    labels, asked, seen = torch.arange(4), [], []
+    monkeypatch.setattr(chapter, "u_shaped_times", lambda *arguments: asked.append(arguments) or t)
+    config = chapter.Config(batch=4, a=3.0, antithetic=antithetic)
+    loss_fn = chapter.pair_loss(lambda n: (x0[:n], x1[:n], labels[:n]), chapter.LADDER[name], config, CPU, distance)
+    loss = loss_fn(lambda *inputs: seen.append(inputs) or v, None, 0)
+    assert asked == [(4, 0.0 if name in "AB" else 3.0, CPU, antithetic)]
+    (x, time, classes), = seen
+    torch.testing.assert_close(x, chapter.interpolate(x0, x1, t))
+    assert time is t and torch.equal(classes, labels)
+    torch.testing.assert_close(loss, EXPECTED[chapter.LADDER[name]["distance"]](v, x0, x1, t))
+
+
+def test_a_process_draws_its_share_of_the_batch(monkeypatch):
+    monkeypatch.setattr(chapter, "process", lambda: (1, 4))
+    asked = []
+
+    def draw(n):
+        asked.append(n)
+        return *torch.randn(2, n, 3, 4, 4), None
+    loss_fn = chapter.pair_loss(draw, chapter.LADDER["C"], chapter.Config(batch=32), CPU)
+    assert loss_fn(lambda x, t, labels: x, None, 0).shape == (8,) and asked == [8]
+
+
+def tiny_config(*more):
+    return chapter.parse_config(chapter.Config, [*TINY, *map(str, more)])
+
+
+def tiny_flow(classes=0):
+    """A network whose weights are not those of the start, where its output is nearly 0."""
+    torch.manual_seed(0)
+    flow = chapter.Flow(tiny_config(), 3, classes)
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return flow.eval()
+
+
+@pytest.mark.parametrize("name", "ACDEF")
+def test_every_loss_reaches_all_weights(name):
+    """Gradients are finite, nowhere all zero, and differ from those of the other configurations."""
+    flow, config = tiny_flow(classes=4), tiny_config()
+    perceptual = chapter.Perceptual("squeeze", 32, "random") if name in "EF" else None
+    z1 = chapter.shapes(24, 8)[0]
+    loss_fn = chapter.pair_loss(chapter.draw_stored(z1, 0, 4), chapter.LADDER[name], config, CPU, perceptual)
+    torch.manual_seed(1)
+    loss_fn(flow, None, 0).mean().backward()
+    for key, p in flow.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, key
+    if perceptual:
+        assert not any(p.grad is not None for p in perceptual.parameters())
+
+
+def source(first, asked):
+    """Pairs that say where they come from: x0 = first, first + 1, ..."""
+    def draw(n):
+        asked.append(n)
+        x = torch.arange(first, first + n).float().reshape(-1, 1, 1, 1)
+        return x, -x, torch.arange(n)
+    return draw
+
+
+@pytest.mark.parametrize("share, real, rest", [(0.0, 0, 8), (1.0, 8, 0), (0.5, 4, 4), (0.3, 2, 6), (0.01, 0, 8)])
+def test_a_mixed_batch_has_its_share_of_real_pairs(share, real, rest):
+    asked = [], []
+    draw = chapter.draw_mixed(source(0, asked[0]), source(100, asked[1]), share)
+    x0, x1, labels = draw(8)
+    assert (x0 >= 100).sum() == real and len(x0) == len(x1) == len(labels) == 8 and torch.equal(x0, -x1)
+    assert asked == ([rest] * (rest > 0), [real] * (real > 0))      # nothing is drawn in vain
+
+
+def test_a_mixed_batch_without_labels():
+    def draw(n):
+        return *torch.randn(2, n, 3, 4, 4), None
+    assert chapter.draw_mixed(draw, draw, 0.5)(4)[2] is None
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_inverted_pairs_stay_together(classes):
+    images = torch.arange(50, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    draw = chapter.draw_inverted(images.half() + 0.5, images, torch.arange(50) % 3, classes)
+    torch.manual_seed(0)
+    x0, x1, labels = draw(400)
+    index = ((x1 + 1) * 127.5).round()[:, 0, 0, 0].long()
+    assert x0.dtype == x1.dtype == torch.float32 and torch.equal(x0[:, 1, 1, 1], index + 0.5)
+    assert len(index.unique()) == 50
+    assert torch.equal(labels, index % 3) if classes else labels is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A diffusion model as a velocity
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def some_network(x, c):
+    """Anything smooth that depends on both inputs."""
+    return torch.sin(3 * x) + c[:, None] * torch.cos(x)
+
+
+def denoise(network, y, sigma):
+    """EDM's D(y; sigma) = c_skip y + c_out F(c_in y; ln(sigma) / 4) with sigma_data = 1/2."""
+    total = sigma ** 2 + 0.25
+    return 0.25 / total * y + 0.5 * sigma / total.sqrt() * network(y / total.sqrt(), sigma[:, 0].log() / 4)
+
+
+def textbook_velocity(network, x, t):
+    """(D(x_t / t; (1 - t) / t) - x_t) / (1 - t): the same thing, but it cancels near the data and has no ends."""
+    time = t[:, None]
+    return (denoise(network, x / time, (1 - time) / time) - x) / (1 - time)
+
+
+def test_edm_velocity_is_the_denoiser_in_disguise():
+    torch.manual_seed(0)
+    x, t = torch.randn(50, 6, dtype=torch.float64), torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
+    torch.testing.assert_close(chapter.edm_velocity(some_network, x, t), textbook_velocity(some_network, x, t),
+                               rtol=1e-11, atol=1e-11)
+
+
+def rounding_error(velocity, noise):
+    """Greatest error in float32 at 1 - t = noise, relative to the greatest velocity."""
+    torch.manual_seed(0)
+    x, t = torch.randn(500, 6), torch.full((500,), 1 - noise)
+    exact = textbook_velocity(some_network, x.double(), t.double())
+    return ((velocity(some_network, x, t) - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("noise, lost", [(1.1e-5, 1e-3), (1e-4, 1e-4), (1e-3, 1e-5)])
+def test_edm_velocity_is_stable_near_the_data(noise, lost):
+    """Right to rounding in float32, where the textbook form has lost all but two digits (at 1 - t = 1e-5)."""
+    assert rounding_error(chapter.edm_velocity, noise) < 1e-6
+    assert rounding_error(textbook_velocity, noise) > lost
+
+
+def test_edm_velocity_at_the_ends():
+    x = torch.randn(2, 3, 4, 4)
+    for t, of_x, of_f in [(0.0, -1, 0.5), (1.0, 1, 1), (0.5, -1.2, 0.894427)]:
+        out = chapter.edm_velocity(lambda y, c: torch.ones_like(y), x, torch.full((2,), t))
+        torch.testing.assert_close(out, of_x * x + of_f, rtol=1e-5, atol=1e-5)
+        out = chapter.edm_velocity(lambda y, c: torch.zeros_like(y), x, torch.full((2,), t))
+        torch.testing.assert_close(out, of_x * x, rtol=1e-5, atol=1e-5)
+
+
+def gaussian(x, t, s=0.5):
+    """The velocity of 1-RF for data N(0, s^2): its flow carries z to z sqrt((1 - t)^2 + s^2 t^2)."""
+    t = t.reshape(-1, *[1] * (x.dim() - 1))
+    return (s * s * t - (1 - t)) / ((1 - t) ** 2 + s * s * t * t) * x
+
+
+@pytest.mark.parametrize("s", [0.5, 0.1, 1.3])
+def test_the_denoiser_of_gaussian_data_is_the_closed_form(s):
+    """s^2 y / (s^2 + sigma^2), from the velocity; and back through a network F that gives this denoiser."""
+    torch.manual_seed(0)
+    y, sigma = torch.randn(40, 3), 0.7
+    torch.testing.assert_close(chapter.denoise(partial(gaussian, s=s), y, sigma), s * s / (s * s + sigma ** 2) * y)
+
+    def network(x, label):
+        sigma = (4 * label).exp()[:, None]
+        scale = (sigma ** 2 + 0.25).sqrt()
+        wanted = s * s / (s * s + sigma ** 2) * scale * x
+        return (wanted - 0.25 / scale * x) / (0.5 * sigma / scale)
+    x, t = torch.randn(40, 3, dtype=torch.float64), torch.linspace(0.01, 0.99, 40, dtype=torch.float64)
+    torch.testing.assert_close(chapter.edm_velocity(network, x, t), gaussian(x, t, s), rtol=1e-9, atol=1e-9)
+
+
+class Counted:
+    """A velocity that counts its evaluations."""
+
+    def __init__(self, velocity):
+        self.velocity, self.evaluations = velocity, 0
+
+    def __call__(self, x, t):
+        self.evaluations += 1
+        assert x.shape[:1] == t.shape and 0 <= t.min() and t.max() <= 1
+        return self.velocity(x, t)
+
+
+ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps, expected", [(10, 0.609798), (18, 0.527625), (40, 0.504877), (80, 0.501145)])
+def test_edm_sampler_on_gaussian_data(steps, expected):
+    velocity = Counted(gaussian)
+    assert chapter.edm_sample(velocity, ONE, steps).item() == pytest.approx(expected, abs=2e-6)
+    assert velocity.evaluations == 2 * steps - 1
+
+
+def test_edm_sampler_is_of_second_order_and_starts_at_sigma_80():
+    exact = 0.5 / math.sqrt(1 + 0.25 / 6400)
+    errors = [chapter.edm_sample(gaussian, ONE, steps).item() - exact for steps in (40, 80)]
+    assert errors[0] / errors[1] == pytest.approx(4.2, abs=0.1)
+    assert chapter.edm_sample(gaussian, ONE, 2000).item() == pytest.approx(0.499990, abs=5e-6)
+    for s in (0.5, 0.1, 1.3):
+        got = chapter.edm_sample(partial(gaussian, s=s), ONE, 2000).item()
+        assert got == pytest.approx(s / math.sqrt(1 + s * s / 6400), rel=1e-4)
+
+
+def mixture(x, t, s=0.2):
+    """The velocity of 1-RF for data N(-1, s^2)/2 + N(1, s^2)/2."""
+    means, variance = torch.tensor([-1.0, 1.0]).to(x), (1 - t) ** 2 + (s * t) ** 2
+    offset = x - t[:, None] * means                                            # (B, 2)
+    share = torch.softmax(-offset ** 2 / (2 * variance[:, None]), 1)
+    slope = (s * s * t - (1 - t)) / variance
+    return (share * (means + slope[:, None] * offset)).sum(1, keepdim=True)
+
+
+def test_the_teacher_maps_one_dimension_by_quantiles():
+    """So lines from z to T(z) never cross, and one step along them is exact."""
+    z = norm.ppf((np.arange(2000) + 0.5) / 2000)
+    grid = np.linspace(-2.5, 2.5, 200001)
+    quantile = np.interp(norm.cdf(z), (norm.cdf((grid + 1) / 0.2) + norm.cdf((grid - 1) / 0.2)) / 2, grid)
+    for steps, rms in [(18, 0.0234), (40, 0.0038), (80, 0.00093)]:
+        made = chapter.edm_sample(mixture, torch.tensor(z)[:, None], steps)[:, 0].numpy()
+        assert np.sqrt(np.mean((made - quantile) ** 2)) == pytest.approx(rms, rel=0.25)
+        assert (np.diff(made) > 0).all()
+    for t in (0.1, 0.5, 0.9):
+        assert (np.diff((1 - t) * z + t * made) > 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Few steps, inversion
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def grid(steps):
+    return [i / steps for i in range(steps)]
+
+
+def reference_sample(velocity, x0, times, rule, heun):
+    """The update rules, line by line as published, with the time of the paper: u = 1 - t falls from 1, velocity -v."""
+    u, x = [1 - t for t in times] + [0.0], x0
+
+    def w(x, u):
+        return -velocity(x, torch.full((len(x),), 1 - u, dtype=x.dtype))
+
+    def step(x, slope, u, after):
+        return (1 - after) * (x - u * slope) + after * x0 if rule == "new" else x + slope * (after - u)
+    for i in range(len(u) - 1):
+        slope = w(x, u[i])
+        if heun and i < len(u) - 2:
+            slope = (slope + w(step(x, slope, u[i], u[i + 1]), u[i + 1])) / 2
+        x = step(x, slope, u[i], u[i + 1])
+    return x
+
+
+TABLE = {"euler": {1: 0, 2: .2, 4: .3405, 8: .4148, 32: .4774, 128: .4942},
+         "new": {1: 0, 2: .2, 4: .3805, 8: .5629, 32: 1.0297, 128: 1.7375}}
+
+
+@pytest.mark.parametrize("rule, steps, expected", [(rule, *row) for rule in TABLE for row in TABLE[rule].items()])
+def test_few_steps_on_gaussian_data(rule, steps, expected):
+    """Exact is 0.5.  The new rule is no solver: it moves away from it on a curved flow."""
+    velocity = Counted(gaussian)
+    assert chapter.few_step_sample(velocity, ONE, grid(steps), rule).item() == pytest.approx(expected, abs=6e-5)
+    assert velocity.evaluations == steps
+    if rule == "euler":
+        assert chapter.integrate(gaussian, ONE, steps)[-1].item() == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize("steps, expected", [(1, 0.5), (2, 0.48), (4, 0.50483), (8, 0.50244)])
+def test_heun_on_gaussian_data(steps, expected):
+    assert chapter.integrate(gaussian, ONE, steps, "heun")[-1].item() == pytest.approx(expected, abs=6e-6)
+
+
+@pytest.mark.parametrize("rule", ["new", "euler"])
+@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize("times", [[0.0], [0.0, 0.5], [0.0, 0.1, 0.15, 0.6], [0.0, 0.9], grid(7)], ids=len)
+def test_any_grid_against_the_published_rule(rule, heun, times):
+    torch.manual_seed(0)
+    x0, velocity = torch.randn(5, 6, dtype=torch.float64), Counted(lambda x, t: torch.sin(3 * x) * (t[:, None] - 0.3))
+    expected = reference_sample(velocity.velocity, x0, times, rule, heun)
+    for end in ([], [1.0]):                                         # a final 1 may be given or not
+        velocity.evaluations = 0
+        torch.testing.assert_close(chapter.few_step_sample(velocity, x0, times + end, rule, heun), expected,
+                                   rtol=1e-10, atol=1e-10)
+        assert velocity.evaluations == (2 * len(times) - 1 if heun else len(times))
+
+
+def test_the_rules_agree_up_to_two_steps_and_differ_from_three():
+    """They agree wherever the state lies on the line from the first noise to the present guess."""
+    torch.manual_seed(0)
+    x0 = torch.randn(5, 6, dtype=torch.float64)
+
+    def gap(times):
+        new, euler = (chapter.few_step_sample(lambda x, t: torch.sin(3 * x) - t[:, None], x0, times, rule)
+                      for rule in ("new", "euler"))
+        return (new - euler).abs().max().item()
+    assert gap([0.0]) < 1e-12 and gap([0.0, 0.5]) < 1e-12 and gap([0.0, 0.2]) < 1e-12
+    assert gap(grid(3)) > 1e-3 and gap(grid(8)) > 1e-3
+    line = (1 - 0.4) * x0 + 0.4 * torch.randn_like(x0)              # one step from t = 0.4 on the line x0 to x1_hat
+    guess = (line - 0.6 * x0) / 0.4
+    v = guess - x0
+    torch.testing.assert_close((1 - 0.7) * x0 + 0.7 * (line + 0.6 * v), line + 0.3 * v)
+
+
+def straight(x, t, s=0.3):
+    """2-RF for data N(0, s^2): pairs (z, s z), x_t = ((1 - t) + t s) z."""
+    t = t.reshape(-1, *[1] * (x.dim() - 1))
+    return (s - 1) * x / ((1 - t) + t * s)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 17])
+def test_every_sampler_is_exact_on_straight_flows(steps):
+    torch.manual_seed(0)
+    z = torch.randn(10, 4, dtype=torch.float64)
+    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    for method in ("euler", "heun"):
+        close(chapter.integrate(straight, z, steps, method)[-1], 0.3 * z)
+        close(chapter.invert(straight, 0.3 * z, steps, method), z)
+    for rule, heun in itertools.product(("new", "euler"), (False, True)):
+        close(chapter.few_step_sample(straight, z, grid(steps), rule, heun), 0.3 * z)
+    close(chapter.few_step_sample(straight, z, [0.0, 0.05, 0.9]), 0.3 * z)
+
+
+def test_inversion_undoes_a_curved_flow():
+    """Up to its own error: of first order by Euler, of second by Heun."""
+    z = torch.randn(20, 4, dtype=torch.float64)
+    x1 = 0.5 * z
+    for method, order in (("euler", 2.0), ("heun", 4.0)):
+        errors = [(chapter.invert(gaussian, x1, steps, method) - z).abs().max().item() for steps in (32, 64)]
+        assert errors[0] / errors[1] == pytest.approx(order, rel=0.15) and errors[1] < 0.1
+    back = chapter.integrate(gaussian, chapter.invert(gaussian, x1, 100, "heun"), 100, "heun")[-1]
+    torch.testing.assert_close(back, x1, rtol=1e-3, atol=1e-4)
+
+
+def test_round_trip_counts_and_measures():
+    x1, flow = 0.3 * torch.randn(6, 3, 4, 4), Counted(straight)
+
+    def velocity(x, t, labels):
+        assert labels.tolist() == list(range(6))
+        return flow(x, t)
+    z0, error = chapter.round_trip(velocity, x1, torch.arange(6), 4)
+    torch.testing.assert_close(z0, x1 / 0.3)
+    assert error < 1e-10 and flow.evaluations == 8
+    assert chapter.round_trip(lambda x, t, labels: gaussian(x, t), x1, None, 1)[1] > 1e-4
+
+
+def test_inverted_noise_of_an_exact_flow_has_the_chi_squared_law():
+    """|z|^2 of pictures with 3072 numbers: 3072, standard deviation 78.4.  A flow that shrinks too much does not."""
+    torch.manual_seed(0)
+    x1 = 0.5 * torch.randn(400, 3072)
+    for velocity, steps in ((partial(straight, s=0.5), 4), (gaussian, 64)):
+        squares = chapter.invert(velocity, x1, steps, "heun").square().sum(1)
+        assert squares.mean() == pytest.approx(3072, abs=5 * 78.4 / 20) and squares.std() == pytest.approx(78.4, rel=0.15)
+        assert kstest(squares.numpy(), chi2(3072).cdf).pvalue > 1e-3
+    wrong = chapter.invert(partial(gaussian, s=0.45), x1, 64, "heun").square().sum(1)
+    assert kstest(wrong.numpy(), chi2(3072).cdf).pvalue < 1e-9
+
+
+@pytest.mark.parametrize("method, steps, evaluations", [("euler", 1, 1), ("euler", 5, 5), ("new", 4, 4), ("heun", 5, 10),
+                                                        ("edm", 1, 1), ("edm", 5, 9), ("edm", 40, 79)])
+def test_evaluations_are_counted(method, steps, evaluations):
+    velocity = chapter.Velocity(tiny_flow(), tiny_config())
+    index = torch.arange(2)
+    assert chapter.sample(velocity, chapter.pair_noise(0, index, (3, 8, 8)), index, steps, method).shape == (2, 3, 8, 8)
+    assert velocity.evaluations == evaluations
+
+
+@pytest.mark.parametrize("method", ["euler", "new", "heun", "edm", "rk45"])
+def test_all_solvers_of_a_real_network_agree(method):
+    """With enough steps, and the labels that belong to the pairs (but for the new rule, which is no solver)."""
+    velocity, index = chapter.Velocity(tiny_flow(classes=4), tiny_config()), torch.arange(5, 9)
+    noise = chapter.pair_noise(0, index, (3, 8, 8))
+    flow = partial(velocity, labels=torch.tensor([1, 2, 3, 0]))
+    expected = chapter.integrate(flow, noise, 400, "heun")[-1]
+    got = chapter.sample(velocity, noise, index, 2 if method == "new" else 400, method)
+    if method == "new":
+        expected = chapter.integrate(flow, noise, 2)[-1]
+    assert (got - expected).square().mean().sqrt() < (0.02 if method in ("euler", "edm") else 1e-3) * expected.std()
+
+
+def test_slerp_stays_on_the_sphere_and_meets_its_ends():
+    torch.manual_seed(0)
+    z, w = torch.randn(2, 3, 16, 16)
+    w *= z.norm() / w.norm()
+    torch.testing.assert_close(chapter.slerp(z, w, torch.tensor(0.0)), z)
+    torch.testing.assert_close(chapter.slerp(z, w, torch.tensor(1.0)), w)
+    for share in torch.linspace(0, 1, 11):
+        between = chapter.slerp(z, w, share)
+        assert between.norm() == pytest.approx(z.norm().item(), rel=1e-5)
+        angles = [torch.acos((a * b).sum() / a.norm() / b.norm()) for a, b in ((z, between), (z, w))]
+        assert angles[0] == pytest.approx(share * angles[1], abs=2e-3)
+
+
+def test_slerp_between_equal_points_is_that_point():
+    """A folder may hold the same picture twice; rounding may put the cosine above 1."""
+    torch.manual_seed(0)
+    for z in torch.randn(20, 3, 16, 16):
+        torch.testing.assert_close(chapter.slerp(z, z.clone(), torch.tensor(0.3)), z, rtol=1e-3, atol=1e-3)
+
+
+def test_velocity_error_is_resolved_along_t():
+    """Pairs with x1 - x0 = 2 and v = 2 + t: the error is t^2."""
+    x0 = torch.randn(500, 3, 2, 2)
+    labels, seen = torch.arange(500), []
+
+    def velocity(x, t, labels):
+        seen.append(labels)
+        return 2 + t[:, None, None, None].expand_as(x)
+    errors = chapter.velocity_error(velocity, lambda n: (x0[:n], x0[:n] + 2, labels[:n]), chapter.Config(shard=200))
+    edges = np.linspace(0, 1, 6)
+    assert errors == pytest.approx(np.diff(edges ** 3) / 3 * 5, rel=0.03, abs=1e-3)
+    assert torch.equal(torch.cat(seen), labels.repeat(5))
+    again = chapter.velocity_error(velocity, lambda n: (x0[:n], x0[:n] + 2, labels[:n]), chapter.Config(shard=500))
+    assert again == pytest.approx(errors, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings, names", [
+    (dict(), "AF"), (dict(configs=("F", "A")), "AF"), (dict(configs=("G",)), "FG"), (dict(configs=("B", "B")), "B"),
+    (dict(configs=("A", "G", "C")), "ACFG"), (dict(ablate=True), "ACDEFG"), (dict(ablate=True, big_batch=4), "ABCDEFG"),
+    (dict(ablate=True, configs=("A",)), "ACDEFG")], ids=str)
+def test_names_of_the_configurations(settings, names):
+    """In the order of the ladder; G brings F, from which it starts; B is A's twin without a larger batch."""
+    assert chapter.checked_names(chapter.Config(**settings)) == list(names)
+
+
+@pytest.mark.parametrize("configs", [("A", "X"), ("a",), ("AF",), ("",)])
+def test_unknown_configurations_are_named(configs):
+    with pytest.raises(chapter.UserError, match="--configs .*choose among A B C D E F G"):
+        chapter.checked_names(chapter.Config(configs=configs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def perceptual():
+    return chapter.Perceptual("squeeze", 32, "random")
+
+
+def pictures(n=4, size=8, seed=0):
+    return torch.rand(2, n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_random_lpips_is_the_same_every_time(perceptual):
+    torch.manual_seed(5)
+    again = chapter.Perceptual("squeeze", 32, "random")
+    a, b = pictures()
+    assert torch.equal(perceptual(a, b), again(a, b)) and perceptual(a, b).shape == (4,)
+
+
+def test_lpips_is_that_of_the_package_on_upsampled_pictures(perceptual):
+    a, b = pictures()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning):
+        network = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    large = [nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False) for x in (a, b)]
+    torch.testing.assert_close(perceptual(a, b), network(*large).flatten())
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", weights_only=True)
+    assert torch.equal(perceptual.lpips.lin0.model[1].weight, heads["lin0.model.1.weight"])
+
+
+def test_lpips_is_zero_for_equal_pictures_only(perceptual):
+    a, b = pictures()
+    assert (perceptual(a, a) == 0).all() and (perceptual(a, b) > 0).all()
+
+
+def test_lpips_is_frozen_and_passes_gradients_to_pictures(perceptual):
+    a, b = pictures()
+    b.requires_grad_()
+    perceptual(a, b).sum().backward()
+    assert b.grad.isfinite().all() and b.grad.abs().flatten(1).max(1).values.min() > 0 and a.grad is None
+    assert not any(p.requires_grad or p.grad is not None for p in perceptual.parameters())
+    assert not any(m.training for m in perceptual.lpips.modules())
+
+
+def test_lpips_has_gradients_of_flat_pictures(perceptual):
+    """Black, white, and beyond: features that are all zero must not make NaNs."""
+    a, b = pictures(4)
+    b = torch.tensor([-1.0, 0.0, 1.0, 30.0])[:, None, None, None].expand_as(a).clone().requires_grad_()
+    perceptual(a, b).sum().backward()
+    assert b.grad.isfinite().all()
+
+
+def test_lpips_keeps_float32_under_autocast(perceptual):
+    a, b = pictures()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(perceptual(a.bfloat16(), b), perceptual(a.bfloat16().float(), b))
+
+
+def torchvision_state(net):
+    """A state dict with the names and shapes of torchvision's classifier; the features are random, the rest empty."""
+    with torch.device("meta"):
+        state = getattr(torchvision.models, net)(weights=None).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(p.shape, generator=generator) if name.startswith("features") else torch.zeros(()).expand(
+        p.shape) for name, p in state.items()}
+
+
+NETS = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
+
+
+@pytest.fixture
+def quick_backbones(monkeypatch):
+    """torchvision fills 138 million numbers of VGG's classifier, which nothing here reads: leave them out."""
+    for name in ("kaiming_uniform_", "kaiming_normal_", "normal_", "uniform_", "constant_"):
+        inner = getattr(nn.init, name)
+        monkeypatch.setattr(nn.init, name, lambda p, *a, inner=inner, **k: p if p.numel() > 10 ** 6 else inner(p, *a, **k))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_lpips_reads_a_backbone_in_torchvisions_layout(tmp_path, net, quick_backbones):
+    state = torchvision_state(NETS[net])
+    torch.save(state, tmp_path / "backbone.pth")
+    inside = chapter.Perceptual(net, 64, str(tmp_path / "backbone.pth")).lpips.net
+    ours = dict(inside.named_parameters())
+    assert len(ours) == sum(name.startswith("features") for name in state)
+    for name, p in ours.items():
+        assert torch.equal(p, state["features." + name.split(".", 1)[1]]), name
+    if net == "squeeze":                                            # the slices in a row are torchvision's own features
+        whole = torchvision.models.squeezenet1_1(weights=None)
+        whole.load_state_dict(state)
+        x = pictures()[0].mul(3)
+        x = nn.functional.interpolate(x, (64, 64))
+        torch.testing.assert_close(inside(x)[-1], whole.features(x))
+
+
+@pytest.mark.parametrize("content", ["missing", "text", "other network", "ours", "no tensors", "hostile", "folder"])
+def test_a_wrong_backbone_is_a_user_error(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "backbone.pth"
+    if content == "folder":
+        path.mkdir()
+    elif content == "text":
+        path.write_text("hello")
+    elif content != "missing":
+        torch.save({"other network": torchvision_state("alexnet"), "ours": tiny_flow().state_dict(), "no tensors": [1],
+                    "hostile": Hostile()}.get(content), path)
+    with pytest.raises(chapter.UserError) as error:
+        chapter.load_lpips("squeeze", str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and "--lpips-weights" in str(error.value)
+    assert not Path("hacked").exists()
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No backbone in the cache and no network."""
+    def urlopen(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub._hub_dir = None
+
+
+def test_pretrained_lpips_offline_offers_a_way_out(offline):
+    with pytest.raises(chapter.UserError, match="--lpips-weights random") as error:
+        chapter.Perceptual("squeeze", 32, "pretrained")
+    assert "\n" not in str(error.value) and "not known" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 half a download"])
+def test_pretrained_lpips_from_a_broken_download_is_one_line(offline, content):
+    offline.mkdir(parents=True)
+    (offline / "squeezenet1_1-b8a52dc0.pth").write_bytes(content)
+    with pytest.raises(chapter.UserError, match="--lpips-weights") as error:
+        chapter.Perceptual("squeeze", 32, "pretrained")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_the_least_size_that_settings_allow_works(net, quick_backbones):
+    field, = (f for f in chapter.dataclasses.fields(chapter.Config) if f.name == "lpips_size")
+    network = chapter.Perceptual(net, field.metadata["low"], "random")
+    assert network(*pictures(2)).shape == (2,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# NVIDIA's pickles
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Persistent:
+    """Pickles like an object of NVIDIA's "persistent" classes: a call with the class's source and the state."""
+
+    def __init__(self, kind, **state):
+        self.kind, self.state = kind, state
+
+    def __reduce_ex__(self, protocol):
+        meta = dict(type="class", version=6, module_src="raise SystemExit('executed')", class_name=self.kind,
+                    state=self.state)
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
+
+
+class EasyDict(dict):
+    """dnnlib's dictionary."""
+
+
+EasyDict.__module__, EasyDict.__qualname__ = "dnnlib.util", "EasyDict"
+
+
+@contextlib.contextmanager
+def foreign_modules():
+    """torch_utils and dnnlib exist while pickling, and only then."""
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("executed")
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    made = {name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")}
+    made["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    made["dnnlib.util"].EasyDict = EasyDict
+    sys.modules.update(made)
+    try:
+        yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+
+
+def state_of(parameters=(), buffers=(), modules=()):
+    """The attributes that every nn.Module pickles."""
+    return dict(training=False, _parameters=OrderedDict(parameters), _buffers=OrderedDict(buffers),
+                _non_persistent_buffers_set=set(), _backward_hooks=OrderedDict(), _is_full_backward_hook=None,
+                _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict(), _modules=OrderedDict(modules))
+
+
+def persistent(module, resampled=False):
+    """One of our modules as NVIDIA's code would have pickled it: its own classes, but torch's ModuleDict."""
+    if isinstance(module, nn.ModuleDict):
+        result = nn.ModuleDict()
+        result._modules = OrderedDict((name, persistent(child)) for name, child in module.items())
+        return result
+    children = {name: persistent(child, resampled=name in ("conv0", "skip") and not isinstance(
+        getattr(module, "resample", nn.Identity()), nn.Identity)) for name, child in module.named_children()
+        if list(child.parameters())}
+    kind = {"UNet": "SongUNet"}.get(type(module).__name__, type(module).__name__)
+    buffers = {"resample_filter": torch.full((1, 1, 2, 2), 0.25) if resampled else None} if kind == "Conv2d" else {}
+    return Persistent(kind, **state_of(module._parameters, buffers, children), init_mode="xavier_uniform", eps=1e-6)
+
+
+def edm_pickle(unet, protocol=4):
+    """The bytes of a file like edm-cifar10-32x32-*-vp.pkl with these weights in it."""
+    model = persistent(unet)
+    model.state["_modules"]["map_noise"] = Persistent("PositionalEmbedding", **state_of(), num_channels=4)
+    weight = nn.Parameter(torch.ones(unet.map_layer0.in_features, 9))
+    model.state["_modules"]["map_augment"] = Persistent("Linear", **state_of({"weight": weight, "bias": None}))
+    ema = Persistent("EDMPrecond", **state_of(modules={"model": model}), img_resolution=8, sigma_data=0.5)
+    content = dict(ema=ema, loss_fn=Persistent("EDMLoss", P_mean=-1.2),
+                   augment_pipe=Persistent("AugmentPipe", **state_of(buffers={"Hz_fbank": torch.ones(3)}), xflip=1.0),
+                   dataset_kwargs=EasyDict(class_name="training.dataset.ImageFolderDataset", path="cifar10.zip"))
+    with foreign_modules():
+        return pickle.dumps(content, protocol)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("classes", [0, 4])
+def test_nvidias_pickle_holds_our_network(tmp_path, protocol, classes):
+    """Its names and numbers are those of our UNet, so it loads strictly; filters and augmentation are left out."""
+    flow = tiny_flow(classes)
+    (tmp_path / "edm.pkl").write_bytes(edm_pickle(flow.model, protocol))
+    got, expected = chapter.load_edm_pickle(tmp_path / "edm.pkl"), flow.state_dict()
+    assert set(got) == set(expected) and all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not any(p.requires_grad for p in got.values())
+    loaded = chapter.load_teacher(str(tmp_path / "edm.pkl"), None, tiny_config(), 3, classes, CPU)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    labels = torch.tensor([1, 3]) if classes else None
+    assert torch.equal(loaded(x, t, labels), flow(x, t, labels)) and not loaded.training
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    flow = tiny_flow()
+    (tmp_path / "edm.pkl").write_bytes(edm_pickle(flow.model.half()))
+    got = chapter.load_edm_pickle(tmp_path / "edm.pkl")
+    assert all(p.dtype == torch.float32 for p in got.values())
+
+
+class Hostile:
+    """Pickles as a call that leaves a file."""
+
+    def __init__(self, *call):
+        self.call = call or (os.system, "echo > hacked")
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+class HostileState:
+    """Builds an innocent object with a state that is hostile."""
+
+    def __reduce__(self):
+        return OrderedDict, (), Hostile()
+
+
+class HostileItems:
+    """Likewise with items."""
+
+    def __reduce__(self):
+        return OrderedDict, (), None, None, iter([("x", Hostile())])
+
+
+def storage_bytes(zipped):
+    """What stands in for a tensor's numbers: a file of torch with a call in it."""
+    file = io.BytesIO()
+    torch.save(Hostile(), file, _use_new_zipfile_serialization=zipped)
+    return Hostile(torch.storage._load_from_bytes, file.getvalue())
+
+
+def in_ema(content):
+    """Deep inside what else looks like a network."""
+    return dict(ema=Persistent("EDMPrecond", **state_of({"weight": content})))
+
+
+ATTACKS = {
+    "system": lambda: pickle.dumps(Hostile()),
+    "system in the network": lambda: pickle.dumps(in_ema(Hostile())),
+    "eval": lambda: pickle.dumps(in_ema(Hostile(builtins.eval, "open('hacked', 'w')"))),
+    "exec": lambda: pickle.dumps(in_ema(Hostile(builtins.exec, "open('hacked', 'w')"))),
+    "open": lambda: pickle.dumps(in_ema(Hostile(open, "hacked", "w"))),
+    "partial": lambda: pickle.dumps(in_ema(Hostile(map, os.system, ["echo > hacked"]))) + b"",
+    "write_text": lambda: pickle.dumps(in_ema(Hostile(Path.write_text, Path("hacked"), "x"))),
+    "a state": lambda: pickle.dumps(in_ema(HostileState())),
+    "items": lambda: pickle.dumps(in_ema(HostileItems())),
+    "a tensor's storage": lambda: pickle.dumps(in_ema(storage_bytes(False))),
+    "a tensor's storage, zipped": lambda: pickle.dumps(in_ema(storage_bytes(True))),
+    "torch.load": lambda: pickle.dumps(in_ema(Hostile(partial(torch.load, weights_only=False), "inner.pt"))),
+    "GLOBAL": lambda: b"cos\nsystem\n(S'echo > hacked'\ntR.",
+    "GLOBAL in old names": lambda: b"c__builtin__\neval\n(S'open(\"hacked\", \"w\")'\ntR.",
+    "STACK_GLOBAL": lambda: b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0decho > hacked\x85R.",
+    "INST": lambda: b"(S'echo > hacked'\nios\nsystem\n.",
+    "OBJ": lambda: b"(cos\nsystem\nS'echo > hacked'\no.",
+    "a dotted name": lambda: b"\x80\x04\x8c\x0ctorch._utils\x8c\x11warnings.sys.exit\x93)R.",
+    "BUILD": lambda: b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}(X\x08\x00\x00\x00__code__cos\nsystem\nu\x86b.",
+    "an extension": lambda: b"\x80\x02\x82\xf0(X\x0d\x00\x00\x00echo > hackedtR.",
+    "a reference outside": lambda: b"\x80\x02X\x06\x00\x00\x00hackedQ.",
+}
+HARMLESS = {"partial", "a dotted name", "BUILD", "a reference outside", "a state"}   # plain pickle runs nothing of these
+
+
+@pytest.fixture
+def attack(tmp_path, monkeypatch):
+    """attack(name): the path of a hostile file, in an empty folder where a success would leave a file `hacked`."""
+    monkeypatch.chdir(tmp_path)
+    copyreg.add_extension("os", "system", 0xf0)
+
+    def attack(name):
+        torch.save(Hostile(), "inner.pt")
+        with foreign_modules():
+            Path("hostile.pkl").write_bytes(ATTACKS[name]())
+        return "hostile.pkl"
+    yield attack
+    copyreg.remove_extension("os", "system", 0xf0)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hostile_pickle_runs_nothing(attack, name):
+    """One line, and no file.  (Read by pickle itself, it would have left one: that is checked too.)"""
+    path = attack(name)
+    with pytest.raises(chapter.UserError, match="--teacher hostile.pkl") as error:
+        chapter.load_edm_pickle(path)
+    assert len(str(error.value).splitlines()) == 1 and not Path("hacked").exists()
+    if name not in HARMLESS:
+        with contextlib.suppress(Exception), foreign_modules():
+            pickle.loads(Path(path).read_bytes())
+        assert Path("hacked").exists()
+
+
+def test_a_broken_pickle_is_a_user_error(tmp_path):
+    whole = edm_pickle(tiny_flow().model)
+    for content in (b"", b"hello", whole[:100], whole[:-1], whole[:len(whole) // 2], whole[::-1], bytes(1000),
+                    pickle.dumps(3), pickle.dumps({"ema": None}), pickle.dumps({"ema": {"_parameters": 1}}),
+                    pickle.dumps({"g": 1})):
+        (tmp_path / "x.pkl").write_bytes(content)
+        with pytest.raises(chapter.UserError, match="x.pkl") as error:
+            chapter.load_edm_pickle(tmp_path / "x.pkl")
+        assert "\n" not in str(error.value)
+    with pytest.raises(chapter.UserError, match="No such file"):
+        chapter.load_edm_pickle(tmp_path / "y.pkl")
+
+
+def test_a_pickle_that_contains_itself_is_a_user_error(tmp_path):
+    state = state_of()
+    state["_modules"]["again"] = state
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": state}))
+    with pytest.raises(chapter.UserError, match="x.pkl"):
+        chapter.load_edm_pickle(tmp_path / "x.pkl")
