@@ -115,7 +115,7 @@ class Config:
     tolerance: float = option(1e-3, "error tolerance of rk45", low=1e-9, high=1.0)
     fid: bool = option(False, "true FID: Inception features in place of the small random ones")
     inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)", free=True)
-    seed: int = option(0, "seed of every random draw", low=0)
+    seed: int = option(0, "seed of every random draw", low=0, high=2 ** 32 - 1)
     log_every: int = option(100, "steps between log lines", low=1, free=True)
     checkpoint_every: int = option(200, "steps between checkpoints", low=1, free=True)
     device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)
@@ -528,6 +528,8 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
         z = torch.as_tensor(flat, dtype=x0.dtype).to(x0.device).reshape(x0.shape)
         return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
     solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
+    if not solution.success:
+        raise ValueError(f"rk45 gave up at t = {solution.t[-1]:.3f}: {solution.message}")
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 
@@ -671,7 +673,7 @@ def data_moments(images, features, name, device):
     if not path.exists():
         mean, cov = feature_moments(images, features, device)
         save_checkpoint(path, config={"features": name}, mean=mean, cov=cov)
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, keys=("mean", "cov"))
     return content["mean"], content["cov"]
 
 
@@ -1356,15 +1358,15 @@ def save_checkpoint(path, **content):
 
 
 # Copied from 01_rectified_flow.py
-def load_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote.  weights_only: a hostile pickle is refused, never run.  UserError if unreadable."""
+def load_checkpoint(path, device="cpu", keys=()):
+    """What save_checkpoint wrote, with these keys.  weights_only: a hostile pickle is refused, never run; UserError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
     except Exception as error:                             # torch.load has no common class for broken files
         raise UserError(f"{path} is no checkpoint of ours or truncated ({type(error).__name__}); delete it") from None
-    if not isinstance(content, dict) or "config" not in content:
+    if not isinstance(content, dict) or not {"config", *keys} <= set(content):
         raise UserError(f"{path} holds no checkpoint of these scripts")
     return content
 
@@ -1377,6 +1379,14 @@ def changed(old, new, Config):
         if not field.metadata["free"] and json.dumps(before) != json.dumps(now):
             return f"{field.name}={before} (now {now})"
     return ""
+
+
+# Copied from 01_rectified_flow.py
+def same_settings(path, state, config):
+    """UserError if this checkpoint was made with other settings."""
+    difference = changed(state["config"], dataclasses.asdict(config), type(config))
+    if difference:
+        raise UserError(f"{path} was made with {difference}: add --fresh to start over, or --out elsewhere")
 
 
 # Copied from 01_rectified_flow.py
@@ -1396,16 +1406,23 @@ def open_run(config, script):
 def claim(folder, config, script):
     """Make the folder this run's own.  Only a folder with our config.json in it is ever deleted."""
     record, settings = folder / "config.json", dataclasses.asdict(config)
-    if config.fresh and record.exists():
+    if config.fresh and ours(record):
         shutil.rmtree(folder)
-    if record.exists():
+    if ours(record):
         difference = changed(json.loads(record.read_text())["settings"], settings, type(config))
         if difference:
             raise UserError(f"{folder} holds a run with {difference}: add --fresh to start over, or --out elsewhere")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".part-") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
     else:
         save_json(record, {"script": Path(script).name, "settings": settings} | surroundings())
+
+
+# Copied from 01_rectified_flow.py
+def ours(record):
+    """Whether one of these scripts wrote this config.json: other programs have files of that name too."""
+    content = json.loads(record.read_text()) if record.exists() else {}
+    return isinstance(content, dict) and {"script", "settings"} <= set(content)
 
 
 # Copied from 01_rectified_flow.py
@@ -1478,12 +1495,12 @@ def postponed_signals():
 # Copied from 01_rectified_flow.py
 def resume(path, stage, config, model, optimizer, ema):
     """Load the checkpoint of this stage into the three, and return the step it was at; 0 if it is of another stage."""
-    state = load_checkpoint(path, next(model.parameters()).device) if path.exists() else {"stage": None}
-    if state["stage"] != stage:
+    if not path.exists():
         return 0
-    difference = changed(state["config"], dataclasses.asdict(config), type(config))
-    if difference:
-        raise UserError(f"{path} was made with {difference}: add --fresh to start over, or --out elsewhere")
+    state = load_checkpoint(path, next(model.parameters()).device, ("stage", "step", "model", "ema", "optimizer"))
+    if state["stage"] != stage:                            # another round's, which may have other settings
+        return 0
+    same_settings(path, state, config)
     model.load_state_dict(state["model"])
     ema.model.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
@@ -1533,11 +1550,12 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
 
 # Copied from 01_rectified_flow.py
 def keep_metrics(path, stage, step):
-    """Drop the rows that a resumed run will write again, and a last line that a kill cut short."""
-    if process()[0] == 0 and path.exists():
-        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
+    """Head of the table and the rows that stay: not those a resumed run writes again, nor one that a kill cut short."""
+    if process()[0] == 0:
+        rows = csv.reader(path.read_text().splitlines()[1:] if path.exists() else [])
+        kept = [row for row in rows if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
         with replacing(path) as part, part.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([["stage", "step", "loss", "floor", "seconds", "samples_per_s"], *kept])
 
 
 # Copied from 01_rectified_flow.py
@@ -1546,9 +1564,11 @@ def log_line(path, stage, step, loss, floor, seconds, rate):
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
         tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
-        head = [["stage", "step", "loss", "floor", "seconds", "samples_per_s"]] if not path.exists() else []
-        with path.open("a", newline="") as file:
-            csv.writer(file).writerows(head + [[stage, step, loss, floor, seconds, rate]])
+        try:
+            with path.open("a", newline="") as file:
+                csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 # Copied from 01_rectified_flow.py
@@ -1581,7 +1601,7 @@ def rank_zero_first():
 # Copied from 02_reflow.py
 def load_round(path, config, channels, classes, device):
     """A finished round's network from its file.  UserError if its settings make another network."""
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, keys=("model",))
     flow = Flow(config, channels, classes)
     for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
         theirs, ours = content["config"].get(name), getattr(config, name)

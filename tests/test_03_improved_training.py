@@ -6,7 +6,6 @@ Network, data and what is copied have tests of their own.  Most runs happen insi
 
 import builtins
 import contextlib
-import copyreg
 import csv
 import io
 import itertools
@@ -31,6 +30,7 @@ import torch
 import torchvision
 from conftest import ROOT, load, run_script
 from PIL import Image
+from scipy.integrate import trapezoid
 from scipy.stats import chi2, kstest, norm
 from torch import nn
 
@@ -67,7 +67,7 @@ def times_at(monkeypatch):
 def test_the_density_integrates_to_one_and_has_the_published_values():
     t = np.linspace(0, 1, 100001)
     density = 4 * np.cosh(4 * (t - 0.5)) / (2 * np.sinh(2))
-    assert np.trapezoid(density, t) == pytest.approx(1, abs=1e-8)
+    assert trapezoid(density, t) == pytest.approx(1, abs=1e-8)
     assert density[[0, -1, 50000]] == pytest.approx([2.07463, 2.07463, 0.55144], abs=1e-5)
     assert np.gradient(cdf(t), t)[1:-1] == pytest.approx(density[1:-1], abs=1e-6)
 
@@ -98,8 +98,8 @@ def test_drawn_times_follow_the_density_and_are_symmetric(a, antithetic):
     for sample, passes in ((t, True), (literal, False)):
         half = sample[:25000] if antithetic else sample                          # the other half is its mirror image
         assert (kstest(half.numpy(), partial(cdf, a=a)).pvalue > 1e-3) == passes
-        assert (abs(sample.mean() - 0.5) < 5 * (1 / 12 / 50000) ** 0.5 * 2) == passes
-    assert literal.mean() == pytest.approx({0.5: 0.5196, 4.0: 0.7590}[a], abs=0.005)
+        assert (abs(sample.mean() - 0.5) < 0.007) == passes        # 4.6 standard deviations
+    assert literal.mean() == pytest.approx({0.5: 0.5102, 4.0: 0.7590}[a], abs=0.005)
     assert t.min() > -1e-6 and t.max() < 1 + 1e-6
 
 
@@ -112,7 +112,7 @@ def test_times_without_steepness_are_uniform():
         torch.testing.assert_close(chapter.u_shaped_times(20000, a), t, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("a", [0.0, 1e-30, 4.0, 50.0])
+@pytest.mark.parametrize("a", [0.0, 1e-50, 1e-3, 4.0, 50.0])
 @pytest.mark.parametrize("y", [0.0, 0.5, 1 - 2 ** -24])
 def test_times_are_finite_at_the_ends(monkeypatch, a, y):
     """At the least and the greatest number that torch.rand gives, and at any steepness that --a allows."""
@@ -164,11 +164,12 @@ def test_huber_is_quadratic_then_linear():
     d, c = 3072, 1.65888
     direction = torch.nn.functional.normalize(torch.randn(1, d, dtype=torch.float64), dim=1)
     target = torch.randn(1, d, dtype=torch.float64)
-    assert chapter.pseudo_huber(target, target).item() == 0
-    for r in (1e-3 * c, 1e-2 * c):
-        assert chapter.pseudo_huber(target + r * direction, target).item() == pytest.approx(r * r / (2 * c * d), rel=1e-4)
-    for r in (1e3 * c, 1e4 * c):
-        assert chapter.pseudo_huber(target + r * direction, target).item() == pytest.approx((r - c) / d, rel=1e-3)
+
+    def at(r):
+        return chapter.pseudo_huber(target + r * direction, target).item()
+    assert at(0) == 0
+    assert [at(r) for r in (1e-3 * c, 1e-2 * c)] == pytest.approx([1e-6 * c / 2 / d, 1e-4 * c / 2 / d], rel=1e-4)
+    assert [at(r) for r in (1e3 * c, 1e4 * c)] == pytest.approx([999 * c / d, 9999 * c / d], rel=1e-3)
 
 
 def test_the_gradient_of_huber_is_shorter_than_one_over_d():
@@ -193,7 +194,7 @@ def distance(a, b):
 
 @pytest.mark.parametrize("divide", [False, True])
 def test_lpips_huber_is_the_published_formula(divide):
-    """t huber(velocity) + LPIPS(picture, predicted picture) [/ (1 - t)]; the prediction is off by (1 - t) (v - target)."""
+    """t huber(velocity) + LPIPS(picture, prediction) [/ (1 - t)]; the prediction is off by (1 - t) (v - target)."""
     x0, x1, v, t = pair_at([0.01, 0.3, 0.5, 0.99])
     got = chapter.lpips_huber(v, x0, x1, t, distance, divide)
     for i in range(4):
@@ -391,7 +392,7 @@ def rounding_error(velocity, noise):
     return ((velocity(some_network, x, t) - exact).abs().max() / exact.abs().max()).item()
 
 
-@pytest.mark.parametrize("noise, lost", [(1.1e-5, 1e-3), (1e-4, 1e-4), (1e-3, 1e-5)])
+@pytest.mark.parametrize("noise, lost", [(1e-5, 1e-3), (1e-4, 1e-4), (1e-3, 1e-5)])
 def test_edm_velocity_is_stable_near_the_data(noise, lost):
     """Right to rounding in float32, where the textbook form has lost all but two digits (at 1 - t = 1e-5)."""
     assert rounding_error(chapter.edm_velocity, noise) < 1e-6
@@ -418,7 +419,8 @@ def test_the_denoiser_of_gaussian_data_is_the_closed_form(s):
     """s^2 y / (s^2 + sigma^2), from the velocity; and back through a network F that gives this denoiser."""
     torch.manual_seed(0)
     y, sigma = torch.randn(40, 3), 0.7
-    torch.testing.assert_close(chapter.denoise(partial(gaussian, s=s), y, sigma), s * s / (s * s + sigma ** 2) * y)
+    torch.testing.assert_close(chapter.denoise(partial(gaussian, s=s), y, sigma), s * s / (s * s + sigma ** 2) * y,
+                               rtol=1e-5, atol=1e-6)
 
     def network(x, label):
         sigma = (4 * label).exp()[:, None]
@@ -553,10 +555,6 @@ def test_the_rules_agree_up_to_two_steps_and_differ_from_three():
         return (new - euler).abs().max().item()
     assert gap([0.0]) < 1e-12 and gap([0.0, 0.5]) < 1e-12 and gap([0.0, 0.2]) < 1e-12
     assert gap(grid(3)) > 1e-3 and gap(grid(8)) > 1e-3
-    line = (1 - 0.4) * x0 + 0.4 * torch.randn_like(x0)              # one step from t = 0.4 on the line x0 to x1_hat
-    guess = (line - 0.6 * x0) / 0.4
-    v = guess - x0
-    torch.testing.assert_close((1 - 0.7) * x0 + 0.7 * (line + 0.6 * v), line + 0.3 * v)
 
 
 def straight(x, t, s=0.3):
@@ -607,14 +605,15 @@ def test_inverted_noise_of_an_exact_flow_has_the_chi_squared_law():
     x1 = 0.5 * torch.randn(400, 3072)
     for velocity, steps in ((partial(straight, s=0.5), 4), (gaussian, 64)):
         squares = chapter.invert(velocity, x1, steps, "heun").square().sum(1)
-        assert squares.mean() == pytest.approx(3072, abs=5 * 78.4 / 20) and squares.std() == pytest.approx(78.4, rel=0.15)
+        assert squares.mean() == pytest.approx(3072, abs=5 * 78.4 / 20)
+        assert squares.std() == pytest.approx(78.4, rel=0.15)
         assert kstest(squares.numpy(), chi2(3072).cdf).pvalue > 1e-3
     wrong = chapter.invert(partial(gaussian, s=0.45), x1, 64, "heun").square().sum(1)
     assert kstest(wrong.numpy(), chi2(3072).cdf).pvalue < 1e-9
 
 
-@pytest.mark.parametrize("method, steps, evaluations", [("euler", 1, 1), ("euler", 5, 5), ("new", 4, 4), ("heun", 5, 10),
-                                                        ("edm", 1, 1), ("edm", 5, 9), ("edm", 40, 79)])
+@pytest.mark.parametrize("method, steps, evaluations", [
+    ("euler", 1, 1), ("euler", 5, 5), ("new", 4, 4), ("heun", 5, 10), ("edm", 1, 1), ("edm", 5, 9), ("edm", 40, 79)])
 def test_evaluations_are_counted(method, steps, evaluations):
     velocity = chapter.Velocity(tiny_flow(), tiny_config())
     index = torch.arange(2)
@@ -672,9 +671,9 @@ def test_velocity_error_is_resolved_along_t():
 
 
 @pytest.mark.parametrize("settings, names", [
-    (dict(), "AF"), (dict(configs=("F", "A")), "AF"), (dict(configs=("G",)), "FG"), (dict(configs=("B", "B")), "B"),
-    (dict(configs=("A", "G", "C")), "ACFG"), (dict(ablate=True), "ACDEFG"), (dict(ablate=True, big_batch=4), "ABCDEFG"),
-    (dict(ablate=True, configs=("A",)), "ACDEFG")], ids=str)
+    ({}, "AF"), ({"configs": ("F", "A")}, "AF"), ({"configs": ("G",)}, "FG"), ({"configs": ("B", "B")}, "B"),
+    ({"configs": ("A", "G", "C")}, "ACFG"), ({"ablate": True, "configs": ("A",)}, "ACDEFG"),
+    ({"ablate": True, "big_batch": 4}, "ABCDEFG")], ids=str)
 def test_names_of_the_configurations(settings, names):
     """In the order of the ladder; G brings F, from which it starts; B is A's twin without a larger batch."""
     assert chapter.checked_names(chapter.Config(**settings)) == list(names)
@@ -763,7 +762,8 @@ def quick_backbones(monkeypatch):
     """torchvision fills 138 million numbers of VGG's classifier, which nothing here reads: leave them out."""
     for name in ("kaiming_uniform_", "kaiming_normal_", "normal_", "uniform_", "constant_"):
         inner = getattr(nn.init, name)
-        monkeypatch.setattr(nn.init, name, lambda p, *a, inner=inner, **k: p if p.numel() > 10 ** 6 else inner(p, *a, **k))
+        monkeypatch.setattr(nn.init, name, lambda tensor, *rest, inner=inner, **options: (
+            tensor if tensor.numel() > 10 ** 6 else inner(tensor, *rest, **options)))
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -866,7 +866,8 @@ def foreign_modules():
         raise AssertionError("executed")
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    made = {name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")}
+    names = "torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"
+    made = {name: types.ModuleType(name) for name in names}
     made["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     made["dnnlib.util"].EasyDict = EasyDict
     sys.modules.update(made)
@@ -912,7 +913,7 @@ def edm_pickle(unet, protocol=4):
         return pickle.dumps(content, protocol)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("classes", [0, 4])
 def test_nvidias_pickle_holds_our_network(tmp_path, protocol, classes):
     """Its names and numbers are those of our UNet, so it loads strictly; filters and augmentation are left out."""
@@ -976,7 +977,6 @@ ATTACKS = {
     "eval": lambda: pickle.dumps(in_ema(Hostile(builtins.eval, "open('hacked', 'w')"))),
     "exec": lambda: pickle.dumps(in_ema(Hostile(builtins.exec, "open('hacked', 'w')"))),
     "open": lambda: pickle.dumps(in_ema(Hostile(open, "hacked", "w"))),
-    "partial": lambda: pickle.dumps(in_ema(Hostile(map, os.system, ["echo > hacked"]))) + b"",
     "write_text": lambda: pickle.dumps(in_ema(Hostile(Path.write_text, Path("hacked"), "x"))),
     "a state": lambda: pickle.dumps(in_ema(HostileState())),
     "items": lambda: pickle.dumps(in_ema(HostileItems())),
@@ -990,25 +990,22 @@ ATTACKS = {
     "OBJ": lambda: b"(cos\nsystem\nS'echo > hacked'\no.",
     "a dotted name": lambda: b"\x80\x04\x8c\x0ctorch._utils\x8c\x11warnings.sys.exit\x93)R.",
     "BUILD": lambda: b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}(X\x08\x00\x00\x00__code__cos\nsystem\nu\x86b.",
-    "an extension": lambda: b"\x80\x02\x82\xf0(X\x0d\x00\x00\x00echo > hackedtR.",
     "a reference outside": lambda: b"\x80\x02X\x06\x00\x00\x00hackedQ.",
 }
-HARMLESS = {"partial", "a dotted name", "BUILD", "a reference outside", "a state"}   # plain pickle runs nothing of these
+HARMLESS = {"a dotted name", "BUILD", "a reference outside"}        # to pickle itself, too
 
 
 @pytest.fixture
 def attack(tmp_path, monkeypatch):
     """attack(name): the path of a hostile file, in an empty folder where a success would leave a file `hacked`."""
     monkeypatch.chdir(tmp_path)
-    copyreg.add_extension("os", "system", 0xf0)
 
     def attack(name):
         torch.save(Hostile(), "inner.pt")
         with foreign_modules():
             Path("hostile.pkl").write_bytes(ATTACKS[name]())
         return "hostile.pkl"
-    yield attack
-    copyreg.remove_extension("os", "system", 0xf0)
+    return attack
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -1038,8 +1035,444 @@ def test_a_broken_pickle_is_a_user_error(tmp_path):
 
 
 def test_a_pickle_that_contains_itself_is_a_user_error(tmp_path):
-    state = state_of()
-    state["_modules"]["again"] = state
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": state}))
+    module = nn.ModuleDict()
+    module._modules["again"] = module
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": module}))
     with pytest.raises(chapter.UserError, match="x.pkl"):
         chapter.load_edm_pickle(tmp_path / "x.pkl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise of real pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Straight:
+    """The straight flow as a network ready to sample; remembers the labels it was given."""
+
+    def __init__(self, classes=0):
+        self.classes, self.labels = classes, []
+
+    def __call__(self, x, t, labels=None):
+        self.labels.append(labels)
+        return straight(x, t)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_real_pictures_are_inverted_once_and_kept(tmp_path, classes):
+    images, labels = chapter.shapes(20, 8)[0], torch.arange(20) % 3
+    velocity, config = Straight(classes), chapter.Config(shard=8, pair_steps=2)
+    noise = chapter.make_inverted(velocity, images, labels, config, tmp_path, CPU)
+    assert noise.dtype == torch.float16 and [path.name for path in tmp_path.rglob("*.*")] == ["inverted.npy"]
+    torch.testing.assert_close(noise.float(), chapter.to_floats(images) / 0.3, rtol=2e-3, atol=2e-3)
+    assert len(velocity.labels) == 3 * 4
+    if classes:
+        assert torch.equal(torch.cat(velocity.labels[::4]), labels)
+    else:
+        assert velocity.labels == [None] * 12
+    assert torch.equal(chapter.make_inverted(None, images, labels, config, tmp_path, CPU), noise)
+
+
+@pytest.mark.parametrize("content", ["empty", "truncated", "text", "objects", "too few"])
+def test_broken_inverted_noise_is_a_user_error(tmp_path, content):
+    path = tmp_path / "pairs" / "inverted.npy"
+    path.parent.mkdir()
+    np.save(path, {"objects": np.array([{}], dtype=object)}.get(content, np.zeros((19, 3, 8, 8), np.float16)))
+    if content != "too few":
+        path.write_bytes({"empty": b"", "text": b"hello" * 50}.get(content, path.read_bytes()[:-10]))
+    with pytest.raises(chapter.UserError, match="inverted.npy.*delete it"):
+        images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+        chapter.make_inverted(Straight(), images, None, chapter.Config(), tmp_path, CPU)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; runs inside this process draw no figures."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_samples", "draw_training", "draw_ladder", "draw_inversion"):
+        monkeypatch.setattr(chapter, name, lambda *arguments: None)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, monkeypatch, capsys):
+    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
+    def run(*args, script=chapter):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            script.launch(script.main, script.Config)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole tiny run of the real script, all configurations, and its output.  Copy before changing."""
+    cwd = tmp_path_factory.mktemp("finished")
+    result = run_script(NAME, *TINY, "--configs", *"ABCDEFG", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / NAME / "quick", result.stdout
+
+
+def copy_run(finished, cwd, *without):
+    """The finished run, where a run in cwd would look for it, without some of its files."""
+    folder = Path(shutil.copytree(finished[0], cwd / "runs" / NAME / "quick"))
+    for name in without:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    return folder
+
+
+def one_line(err, *words):
+    """The whole of standard error is one line of ours, which holds the words."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert str(word) in lines[0], err
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
+
+
+def same(a, b, *names):
+    """The weights of these stages are equal in both folders, bit for bit."""
+    return all(torch.equal(weights(a / f"{name}.pt"), weights(b / f"{name}.pt")) for name in names)
+
+
+def rows(folder):
+    """Stage and step of every row of metrics.csv."""
+    return [tuple(row[:2]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
+
+
+def expected_rows(*stages):
+    """Two log lines for a student, one for G, three for the teacher."""
+    ends = {"t": 6, "G": 2}
+    return [(stage, str(step)) for stage in stages for step in range(2, ends.get(stage[0], 4) + 1, 2)]
+
+
+def pair_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "pairs").iterdir()}
+
+
+LADDER = [f"{name}-0" for name in "ABCDEFG"]
+
+
+def test_a_run_leaves_exactly_its_files(finished):
+    folder, out = finished
+    files = {"config.json", "metrics.csv", "checkpoint.pt", "teacher.pt", "pairs", "results.json"} | FIGURES
+    assert {path.name for path in folder.iterdir()} == files | {f"{name}.pt" for name in LADDER}
+    assert set(pair_files(folder)) == {"00000.npy", "00001.npy", "00002.npy", "inverted.npy"}
+    assert rows(folder) == expected_rows("teacher", *LADDER)
+    assert "random, untrained backbone" in out and "Frechet distance of seeded random features" in out
+    for name in FIGURES:
+        with Image.open(folder / name) as image:
+            image.load()
+            assert min(image.size) >= 250 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_every_configuration_made_another_network(finished):
+    found = [weights(finished[0] / f"{name}.pt") for name in ["teacher", *LADDER]]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+    assert torch.load(finished[0] / "A-0.pt", weights_only=True)["model"]["model.map_label.weight"].shape[1] == 4
+
+
+def test_results_hold_every_number(finished):
+    results = json.loads((finished[0] / "results.json").read_text())
+    assert results["samples"] == 24 and results["lpips"] == "random"
+    assert list(results["configurations"]) == ["teacher", *"ABCDEFG"] == list(results["inversion"])
+    for name, (row,) in results["configurations"].items():
+        assert list(row["FD"]) == ["1", "2", "4", "4 new"] and len(row["error_by_t"]) == 5
+        numbers = [*row["FD"].values(), row["S"], *row["error_by_t"], row["seconds"]]
+        assert all(math.isfinite(x) and x > 0 for x in numbers)
+        assert f"{row['FD']['1']:9.3f}" in finished[1] and f"{row['S']:9.2f}" in finished[1]
+    for numbers in results["inversion"].values():
+        assert list(numbers["mse"]) == ["1", "2", "4", "8"] and 50 < numbers["z2_mean"] < 800 and numbers["z2_std"] > 0
+
+
+def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, here, monkeypatch):
+    folder = copy_run(finished, here)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(chapter, "train", None)
+    code, out, err = run(*TINY, "--configs", *"ABCDEFG")
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_students_start_from_the_teacher_and_g_from_f(run, here, monkeypatch):
+    starts, inner = {}, chapter.fit
+
+    def fit(model, loss_fn, config, folder, stage, *rest):
+        starts[stage] = torch.cat([p.flatten() for p in model.state_dict().values()])
+        return inner(model, loss_fn, config, folder, stage, *rest)
+    monkeypatch.setattr(chapter, "fit", fit)
+    assert run(*TINY, "--configs", "A", "G", "--seeds", 2, "--out", "run")[0] == 0
+    sources = dict(A="teacher", F="teacher", G="F-{}")
+    for name, seed in itertools.product("AFG", range(2)):
+        assert torch.equal(starts[f"{name}-{seed}"], weights(here / "run" / f"{sources[name].format(seed)}.pt"))
+
+
+def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here):
+    """--seeds and --ablate may be added later; seeds share teacher and pairs and differ in all they draw."""
+    args = [*TINY, "--configs", "A", "--out", "run"]
+    assert run(*args)[0] == 0
+    before = weights(here / "run" / "A-0.pt")
+    code, out, err = run(*args, "--seeds", 2)
+    assert code == 0, err
+    assert rows(here / "run") == expected_rows("teacher", "A-0", "A-1")
+    assert torch.equal(weights(here / "run" / "A-0.pt"), before)
+    assert not torch.equal(weights(here / "run" / "A-1.pt"), before)
+    results = json.loads((here / "run" / "results.json").read_text())["configurations"]
+    first, second = (row["FD"]["1"] for row in results["A"])
+    assert f"{(first + second) / 2:9.3f}" in out and f"{abs(first - second) / 2 ** 0.5:11.3f}" in out
+    code, out, err = run(*args, "--ablate")
+    assert code == 0, err
+    assert rows(here / "run") == expected_rows("teacher", "A-0", "A-1", "C-0", "D-0", "E-0", "F-0", "G-0")
+    assert not (here / "run" / "B-0.pt").exists()
+
+
+def test_without_labels_by_edms_sampler_with_larger_batches(run, here, monkeypatch):
+    """B's batch is twice A's, and that of everything after."""
+    sizes, inner = [], chapter.pair_loss
+    monkeypatch.setattr(chapter, "pair_loss", lambda draw, recipe, config, *rest: (
+        sizes.append(config.batch) or inner(draw, recipe, config, *rest)))
+    code, _, err = run(*TINY, "--no-conditional", "--pair-solver", "edm", "--big-batch", 2, "--configs", "A", "B", "G",
+                       "--real-share", 0.5, "--antithetic", "--out", "run")
+    assert code == 0, err
+    assert sizes == [4, 4, 8, 8, 8] and rows(here / "run") == expected_rows("teacher", "A-0", "B-0", "F-0", "G-0")
+    assert not any("map_label" in name for name in torch.load(here / "run" / "G-0.pt", weights_only=True)["model"])
+
+
+def test_pairs_are_made_by_the_solver_that_is_asked_for(finished, run, here):
+    edm = chapter.sample(*asked(finished, "edm", 3))
+    heun = chapter.sample(*asked(finished, "heun", 3))
+    stored = np.load(finished[0] / "pairs" / "00001.npy")
+    assert abs(chapter.to_bytes(heun).numpy().astype(int) - stored).max() <= 1
+    assert abs(chapter.to_bytes(edm).numpy().astype(int) - stored).max() > 1
+
+
+def asked(finished, method, steps):
+    """What sample is called with for the second shard."""
+    flow = chapter.load_round(finished[0] / "teacher.pt", tiny_config(), 3, 4, CPU)
+    index = torch.arange(8, 16)
+    return (chapter.Velocity(flow, tiny_config()), chapter.pair_noise(chapter.seed_for(0, 2), index, (3, 8, 8)), index,
+            steps, method)
+
+
+def test_chapter_2s_flow_is_a_teacher(run, here, monkeypatch):
+    """Its 1-rf.pt is copied, not trained, and makes the pairs."""
+    second = load("02_reflow")
+    monkeypatch.setattr(second, "report", lambda *arguments: None)
+    same_network = "--data-size 64 --channels 4 --image-size 8 --mult 1 1 --attention 4 --conditional".split()
+    code, _, err = run(*same_network, "--rounds", 1, "--steps", 6, "--batch", 4, "--device", "cpu", "--out", "two",
+                       script=second)
+    assert code == 0, err
+    code, _, err = run(*TINY, "--configs", "A", "--teacher", "two/1-rf.pt", "--out", "three")
+    assert code == 0, err
+    assert torch.equal(weights(here / "two" / "1-rf.pt"), weights(here / "three" / "teacher.pt"))
+    assert rows(here / "three") == expected_rows("A-0")
+    assert not torch.equal(weights(here / "three" / "A-0.pt"), weights(here / "three" / "teacher.pt"))
+
+
+def test_nvidias_file_is_a_teacher(run, here):
+    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(4).model))
+    code, _, err = run(*TINY, "--configs", "A", "--teacher", "edm.pkl", "--pair-solver", "edm", "--out", "run")
+    assert code == 0, err
+    flow = chapter.load_round(here / "run" / "teacher.pt", tiny_config(), 3, 4, CPU)
+    assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), tiny_flow(4).parameters()))
+
+
+@pytest.mark.parametrize("args", [["--channels", 8], ["--blocks", 2], ["--mult", 1], ["--attention", 8],
+                                  ["--no-conditional"]], ids=str)
+def test_nvidias_file_of_another_shape_names_the_flags(run, here, args):
+    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(4).model))
+    code, _, err = run(*TINY, "--teacher", "edm.pkl", "--out", "new/run", *args)
+    assert code == 2 and not (here / "new").exists()
+    one_line(err, "edm.pkl", "--channels", "--mult", "--blocks", "--attention", "--conditional")
+
+
+BAD = {
+    "unknown configuration": (["--configs", "A", "X"], ["--configs A X", "choose among"]),
+    "steepness -1": (["--a", -1], ["--a -1"]),
+    "steepness 51": (["--a", 51], ["--a 51"]),
+    "share 2": (["--real-share", 2], ["--real-share 2"]),
+    "no seeds": (["--seeds", 0], ["--seeds 0"]),
+    "no real pairs": (["--real-pairs", 0], ["--real-pairs 0"]),
+    "unknown solver": (["--pair-solver", "new"], ["--pair-solver"]),
+    "unknown backbone": (["--lpips-net", "resnet"], ["--lpips-net"]),
+    "small backbone": (["--lpips-size", 4], ["--lpips-size 4"]),
+    "no backbone": (["--lpips-weights", "missing.pth"], ["--lpips-weights missing.pth"]),
+    "broken backbone": (["--lpips-weights", "hostile.pkl"], ["--lpips-weights hostile.pkl"]),
+    "no teacher": (["--teacher", "missing.pt"], ["missing.pt"]),
+    "no teacher of NVIDIA's": (["--teacher", "missing.pkl"], ["--teacher missing.pkl"]),
+    "a hostile teacher": (["--teacher", "hostile.pkl"], ["--teacher hostile.pkl"]),
+    "a hostile checkpoint": (["--teacher", "inner.pt"], ["inner.pt"]),
+    "no such folder": (["--data", "nowhere"], ["nowhere"]),
+    "no CIFAR-10": (["--data", "cifar10", "--data-dir", "somewhere"], ["somewhere", "--download"]),
+    "no Inception network": (["--fid", "--data-dir", "somewhere"], ["somewhere", "--download"]),
+    "one shape": (["--data-size", 1], []),
+    "size 12": (["--image-size", 12], ["image-size", "12"]),
+    "too many levels": (["--mult", 1, 1, 1, 1, 1], ["mult"]),
+    "6 channels": (["--channels", 6], ["channels"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line_and_leaves_no_run(run, here, attack, name):
+    attack("system in the network")
+    args, words = BAD[name]
+    code, _, err = run(*TINY, *args, "--out", "new/run")
+    assert code == 2
+    one_line(err, *words)
+    assert not (here / "new").exists() and not (here / "hacked").exists() and not (here / "runs").exists()
+
+
+def test_pretrained_lpips_without_a_network_is_one_line(run, here, offline):
+    code, _, err = run(*TINY, "--lpips-weights", "pretrained", "--out", "new/run")
+    assert code == 2 and not (here / "new").exists()
+    one_line(err, "--lpips-weights random")
+
+
+def test_lpips_is_not_needed_without_its_configurations(run, here, offline):
+    code, _, err = run(*TINY, "--lpips-weights", "pretrained", "--configs", "C", "--out", "run")
+    assert code == 0, err
+
+
+def test_other_settings_do_not_continue_a_run(finished, run, here):
+    folder = copy_run(finished, here)
+    for flag, value, word in [("--a", 2, "a=4.0"), ("--real-pairs", 8, "real_pairs=16"), ("--lr", 1, "lr=0.006")]:
+        code, _, err = run(*TINY, "--configs", *"ABCDEFG", flag, value)
+        assert code == 2
+        one_line(err, word, "--fresh")
+    assert same(folder, finished[0], "teacher", *LADDER)
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e3"])
+def test_an_absurd_learning_rate_is_no_traceback(here, monkeypatch, capsys, lr):
+    """A teacher or student that is not finite, or finite but absurd; the figures are drawn, if it comes to that."""
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", ["script.py", *TINY, "--configs", "A", "--lr", lr, "--warmup", "0", "--lr-decay",
+                                      "constant", "--out", "run"])
+    code = 0
+    try:
+        chapter.launch(chapter.main, chapter.Config)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and code in ((2,) if lr == "1e30" else (0, 2))
+    assert not code or "--lr" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kills, stops, several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A process that runs the chapter without its evaluation; {spy} changes the module before.
+DRIVER = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from conftest import load
+chapter = load({name!r})
+chapter.report = lambda *arguments: None
+{spy}
+chapter.launch(chapter.main, chapter.Config)
+"""
+
+KILL_AT_ROW = """
+inner = chapter.log_line
+def log_line(path, stage, step, *rest):
+    inner(path, stage, step, *rest)
+    if (stage, step) == ({!r}, {}):
+        os.kill(os.getpid(), signal.SIGKILL)
+chapter.log_line = log_line
+"""
+
+KILL_WHILE_WRITING = """
+inner = chapter.np.save
+def save(file, array):
+    if "inverted" in file.name:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(file, array)
+chapter.np.save = save
+"""
+
+
+def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, here):
+    """kill -9 between log row and checkpoint of F, and within the file of inverted noise."""
+    folder, args = here / "runs" / NAME / "quick", [*TINY, "--configs", "C", "G"]
+    for spy, stage, step in [(KILL_AT_ROW.format("F-0", 4), "F-0", 2), (KILL_WHILE_WRITING, "F-0", 4)]:
+        code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
+        result = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        state = chapter.load_checkpoint(folder / "checkpoint.pt")
+        assert (state["stage"], state["step"]) == (stage, step)
+    assert (folder / "F-0.pt").exists() and not (folder / "pairs" / "inverted.npy").exists()
+    code, _, err = run(*args)
+    assert code == 0, err
+    assert same(folder, finished[0], "teacher", "C-0", "F-0", "G-0") and pair_files(folder) == pair_files(finished[0])
+    assert rows(folder) == expected_rows("teacher", "C-0", "F-0", "G-0") and not list(folder.rglob("*part*"))
+
+
+def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, monkeypatch):
+    """A stop in step 3 of F, then the same command again: as if nothing had been."""
+    folder, inner = copy_run(finished, here, "F-0.pt", "G-0.pt"), chapter.lpips_huber
+    calls = []
+
+    def stopping(*arguments):
+        calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
+        return inner(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(chapter, "lpips_huber", stopping)
+        code, _, err = run(*TINY, "--configs", *"ABCDEFG")
+    assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
+    assert chapter.load_checkpoint(folder / "checkpoint.pt")["step"] == 3
+    assert run(*TINY, "--configs", *"ABCDEFG")[0] == 0
+    assert same(folder, finished[0], "F-0", "G-0")
+
+
+def torchrun(*command, cwd):
+    """Two processes of a command on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_run_the_whole_script(here):
+    """To the end, with one table and the files of one process."""
+    result = torchrun(ROOT / f"{NAME}.py", *TINY, "--configs", "A", "G", "--out", "run", cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert FIGURES | {"A-0.pt", "F-0.pt", "G-0.pt", "teacher.pt"} <= {path.name for path in (here / "run").iterdir()}
+    assert rows(here / "run") == expected_rows("teacher", "A-0", "F-0", "G-0")
+    assert result.stdout.count("error by t") == 1
+    assert np.load(here / "run" / "pairs" / "inverted.npy").shape == (16, 3, 8, 8)
+    assert len(pair_files(here / "run")) == 4
+
+
+LATE = """
+look = chapter.stage
+def stage(path, *rest):
+    if os.environ["RANK"] == "1" and path.name == "teacher.pt":
+        time.sleep(2)
+    return look(path, *rest)
+chapter.stage = stage
+"""
+
+
+def test_a_process_that_comes_late_finds_a_given_teacher(finished, here):
+    """Rank 0 only has to copy the teacher's file; the other process may look for it before or after."""
+    (here / "late.py").write_text(DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=LATE))
+    teacher = finished[0] / "teacher.pt"
+    result = torchrun("late.py", *TINY, "--configs", "A", "--teacher", teacher, "--out", "run", cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert rows(here / "run") == expected_rows("A-0")
