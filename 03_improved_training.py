@@ -340,7 +340,10 @@ class Perceptual(nn.Module):
 
 
 def load_lpips(net, weights):
-    """LPIPS with its own linear heads and a backbone that is pretrained (downloaded), random, or read from a file."""
+    """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random.
+
+    A random backbone goes without the linear heads: they weigh channels of the trained one.
+    """
     if weights == "pretrained":
         try:
             return lpips.LPIPS(net=net, verbose=False)
@@ -348,7 +351,7 @@ def load_lpips(net, weights):
             raise UserError(f"no pretrained {net} for LPIPS ({error}): pass --lpips-weights FILE (torchvision's state "
                             "dict), or --lpips-weights random for a dry run") from None
     torch.manual_seed(0)                                   # an untrained yardstick, but the same one every time
-    network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    network = lpips.LPIPS(net=net, pnet_rand=True, lpips=weights != "random", verbose=False)
     if weights != "random":
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)

@@ -460,7 +460,7 @@ def test_edm_sampler_is_of_second_order_and_starts_at_sigma_80():
     assert chapter.edm_sample(gaussian, ONE, 2000).item() == pytest.approx(0.499990, abs=5e-6)
     for s in (0.5, 0.1, 1.3):
         got = chapter.edm_sample(partial(gaussian, s=s), ONE, 2000).item()
-        assert got == pytest.approx(s / math.sqrt(1 + s * s / 6400), rel=1e-4)
+        assert got == pytest.approx(s / math.sqrt(1 + s * s / 6400), rel=1e-3)
 
 
 def mixture(x, t, s=0.2):
@@ -713,7 +713,7 @@ def test_lpips_is_that_of_the_package_on_upsampled_pictures(perceptual):
         network = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
     large = [nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False) for x in (a, b)]
     torch.testing.assert_close(perceptual(a, b), network(*large).flatten())
-    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", weights_only=True)
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", "cpu", weights_only=True)
     assert torch.equal(perceptual.lpips.lin0.model[1].weight, heads["lin0.model.1.weight"])
 
 
