@@ -22,6 +22,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -577,7 +578,8 @@ def choose_device(config):
     torch.backends.cudnn.benchmark = name == "cuda"
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")    # wrong gradients up to torch 2.14, issue 193061
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        wait = datetime.timedelta(hours=24)                # the others wait while rank 0 decodes images or downloads
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=wait)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch % process()[1]:

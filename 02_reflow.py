@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import io
@@ -132,12 +133,16 @@ def make_pairs(velocity, folder, config, shape, device, stream):
     """
     rank, world = process()
     todo = [i for i in range(rank, math.ceil(config.pairs / config.shard), world) if not shard_file(folder, i).exists()]
-    for i in tqdm(todo, f"pairs for {folder.name}", disable=None):
-        index = torch.arange(i * config.shard, min((i + 1) * config.shard, config.pairs), device=device)
-        z0 = pair_noise(seed_for(config.seed, stream), index, shape)
-        z1 = sample(velocity, z0, index, config.pair_steps, config.pair_solver)
-        with replacing(shard_file(folder, i)) as part, part.open("wb") as file:
-            np.save(file, to_bytes(z1).cpu().numpy())
+    with postponed_signals() as caught:
+        for i in tqdm(todo, f"pairs for {folder.name}", disable=None):
+            index = torch.arange(i * config.shard, min((i + 1) * config.shard, config.pairs), device=device)
+            z0 = pair_noise(seed_for(config.seed, stream), index, shape)
+            z1 = sample(velocity, z0, index, config.pair_steps, config.pair_solver)
+            if not z1.isfinite().all():                    # as bytes nobody would notice
+                raise UserError(f"the samples of the flow before {folder.name} are not finite; lower --lr, add --fresh")
+            save_array(shard_file(folder, i), to_bytes(z1))
+            if caught:
+                raise KeyboardInterrupt
 
 
 def pair_noise(seed, index, shape):
@@ -506,18 +511,27 @@ def shard_file(folder, i):
     return folder / f"{i:05d}.npy"
 
 
-def load_pairs(folder, config, device):
-    """All z1 (N, C, H, W) uint8, to the device.  UserError names a shard that is missing or broken."""
-    shards = []
-    for i in range(math.ceil(config.pairs / config.shard)):
-        path, size = shard_file(folder, i), min(config.shard, config.pairs - i * config.shard)
+def save_array(path, tensor):
+    """A tensor as .npy, written whole.  By way of memory: np.save to a file does not notice a disk that fills up."""
+    file = io.BytesIO()
+    np.save(file, tensor.cpu().numpy())
+    with replacing(path) as part:
+        part.write_bytes(file.getvalue())
+
+
+def load_pairs(folder, config, shape, device):
+    """All z1 (N, *shape) uint8, on the device.  UserError names a shard that is missing or broken."""
+    images = torch.empty(config.pairs, *shape, dtype=torch.uint8, device=device)       # may be most of the memory
+    for i, rows in enumerate(images.split(config.shard)):
+        path = shard_file(folder, i)
         try:
-            shards.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            shard = torch.from_numpy(np.load(path, allow_pickle=False))
+        except Exception as error:                         # np.load has another error for every way to be broken
             raise UserError(f"shard {path} is missing or broken ({error}); delete it and run again") from None
-        if shards[-1].dtype != np.uint8 or len(shards[-1]) != size:
-            raise UserError(f"shard {path} holds no {size} images; delete it and run again")
-    return to_device(torch.from_numpy(np.concatenate(shards)), device)
+        if shard.dtype != torch.uint8 or shard.shape != rows.shape:
+            raise UserError(f"shard {path} holds no {len(rows)} images of this run; delete it and run again")
+        rows.copy_(shard)
+    return to_device(images, device)
 
 
 SHAPES = ["circle", "square", "triangle", "cross"]  # the index is the label
@@ -915,7 +929,8 @@ def choose_device(config):
     torch.backends.cudnn.benchmark = name == "cuda"
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")    # wrong gradients up to torch 2.14, issue 193061
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        wait = datetime.timedelta(hours=24)                # the others wait while rank 0 decodes images or downloads
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=wait)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch % process()[1]:
@@ -1253,7 +1268,7 @@ def train_round(k, teacher, images, labels, classes, config, device, folder):
     pairs, config = folder / "pairs" / f"{k}-rf", dataclasses.replace(config, steps=config.reflow_steps)
     make_pairs(Velocity(teacher, config), pairs, config, images.shape[1:], device, stream=k)
     wait_for_all()
-    draw = draw_stored(load_pairs(pairs, config, device), seed_for(config.seed, k), classes)
+    draw = draw_stored(load_pairs(pairs, config, images.shape[1:], device), seed_for(config.seed, k), classes)
     return fit(flow, pair_loss(draw, config, device), config, folder, f"{k}-rf", k)
 
 
@@ -1261,6 +1276,8 @@ def train_round(k, teacher, images, labels, classes, config, device, folder):
 def load_round(path, config, channels, classes, device):
     """A finished round's network from its file.  UserError if its settings make another network."""
     content = load_checkpoint(path, keys=("model",))
+    if not isinstance(content["config"], dict) or "stage" in content:
+        raise UserError(f"{path} is no finished network of these scripts (those are called 1-rf.pt, 2-rf.pt, ...)")
     flow = Flow(config, channels, classes)
     for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
         theirs, ours = content["config"].get(name), getattr(config, name)
@@ -1273,6 +1290,17 @@ def load_round(path, config, channels, classes, device):
     return place(flow, device).eval().requires_grad_(False)
 
 
+def check_network(config, images, classes):
+    """UserError, before anything is written, for sizes that no network can have and for data without a spread."""
+    if len(images) < 2:
+        raise UserError(f"--data {config.data}: {len(images)} picture is no distribution; give at least two")
+    try:
+        with torch.device("meta"):                         # no memory, no time
+            Flow(config, images.shape[1], classes)
+    except ValueError as error:
+        raise UserError(f"--image-size, --channels or --mult: {error}") from None
+
+
 # Differs from 01_rectified_flow.py: image data, a teacher file
 def main(config):
     """Every stage in turn, each skipped if it is finished, then every number and figure."""
@@ -1281,6 +1309,7 @@ def main(config):
         images, labels, names = load_data(config)
         features, label = choose_features(config, device)
     classes = len(names) if config.conditional else 0
+    check_network(config, images, classes)
     build = partial(load_round, config=config, channels=images.shape[1], classes=classes, device=device)
     given = build(config.teacher) if config.teacher else None
     folder = open_run(config, __file__)
@@ -1288,7 +1317,9 @@ def main(config):
     flows = []
     for k in range(1, config.rounds + 1):
         finished = folder / f"{k}-rf.pt"
-        if not finished.exists():
+        done = finished.exists()
+        wait_for_all()                                     # all have looked before rank 0 writes
+        if not done:
             torch.manual_seed(seed_for(config.seed, 0))    # the start weights
             flow = given if given and k == 1 else train_round(
                 k, flows[-1] if flows else None, resident, labels, classes, config, device, folder).model

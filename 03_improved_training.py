@@ -24,6 +24,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import io
@@ -237,12 +238,16 @@ def make_pairs(velocity, folder, config, shape, device, stream):
     """
     rank, world = process()
     todo = [i for i in range(rank, math.ceil(config.pairs / config.shard), world) if not shard_file(folder, i).exists()]
-    for i in tqdm(todo, f"pairs for {folder.name}", disable=None):
-        index = torch.arange(i * config.shard, min((i + 1) * config.shard, config.pairs), device=device)
-        z0 = pair_noise(seed_for(config.seed, stream), index, shape)
-        z1 = sample(velocity, z0, index, config.pair_steps, config.pair_solver)
-        with replacing(shard_file(folder, i)) as part, part.open("wb") as file:
-            np.save(file, to_bytes(z1).cpu().numpy())
+    with postponed_signals() as caught:
+        for i in tqdm(todo, f"pairs for {folder.name}", disable=None):
+            index = torch.arange(i * config.shard, min((i + 1) * config.shard, config.pairs), device=device)
+            z0 = pair_noise(seed_for(config.seed, stream), index, shape)
+            z1 = sample(velocity, z0, index, config.pair_steps, config.pair_solver)
+            if not z1.isfinite().all():                    # as bytes nobody would notice
+                raise UserError(f"the samples of the flow before {folder.name} are not finite; lower --lr, add --fresh")
+            save_array(shard_file(folder, i), to_bytes(z1))
+            if caught:
+                raise KeyboardInterrupt
 
 
 # Copied from 02_reflow.py
@@ -801,18 +806,19 @@ def load_edm_pickle(path):
 def make_inverted(velocity, images, labels, config, folder, device):
     """Noise float16 (N, C, H, W) for the first real pictures, kept in a file, as no seed can recompute it."""
     path = folder / "pairs" / "inverted.npy"
-    if not path.exists():
+    done = path.exists()
+    wait_for_all()                                         # all have looked before rank 0 writes
+    if not done:
         noises = []
         for chunk in tqdm(torch.arange(len(images)).split(config.shard), "inverting", disable=None):
             flow = partial(velocity, labels=labels[chunk] if velocity.classes else None)
             noises.append(invert(flow, to_floats(images[chunk]), config.pair_steps, "heun").half().cpu())
         if process()[0] == 0:
-            with replacing(path) as part, part.open("wb") as file:
-                np.save(file, torch.cat(noises).numpy())
+            save_array(path, torch.cat(noises))
         wait_for_all()
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False)).to(device)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:                             # np.load has another error for every way to be broken
         raise UserError(f"{path} is broken ({error}); delete it and run again") from None
 
 
@@ -842,18 +848,28 @@ def shard_file(folder, i):
 
 
 # Copied from 02_reflow.py
-def load_pairs(folder, config, device):
-    """All z1 (N, C, H, W) uint8, to the device.  UserError names a shard that is missing or broken."""
-    shards = []
-    for i in range(math.ceil(config.pairs / config.shard)):
-        path, size = shard_file(folder, i), min(config.shard, config.pairs - i * config.shard)
+def save_array(path, tensor):
+    """A tensor as .npy, written whole.  By way of memory: np.save to a file does not notice a disk that fills up."""
+    file = io.BytesIO()
+    np.save(file, tensor.cpu().numpy())
+    with replacing(path) as part:
+        part.write_bytes(file.getvalue())
+
+
+# Copied from 02_reflow.py
+def load_pairs(folder, config, shape, device):
+    """All z1 (N, *shape) uint8, on the device.  UserError names a shard that is missing or broken."""
+    images = torch.empty(config.pairs, *shape, dtype=torch.uint8, device=device)       # may be most of the memory
+    for i, rows in enumerate(images.split(config.shard)):
+        path = shard_file(folder, i)
         try:
-            shards.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            shard = torch.from_numpy(np.load(path, allow_pickle=False))
+        except Exception as error:                         # np.load has another error for every way to be broken
             raise UserError(f"shard {path} is missing or broken ({error}); delete it and run again") from None
-        if shards[-1].dtype != np.uint8 or len(shards[-1]) != size:
-            raise UserError(f"shard {path} holds no {size} images; delete it and run again")
-    return to_device(torch.from_numpy(np.concatenate(shards)), device)
+        if shard.dtype != torch.uint8 or shard.shape != rows.shape:
+            raise UserError(f"shard {path} holds no {len(rows)} images of this run; delete it and run again")
+        rows.copy_(shard)
+    return to_device(images, device)
 
 
 # Copied from 02_reflow.py
@@ -1193,6 +1209,8 @@ def draw_inversion(errors, noises, folder):
     figure, axes = new_figure(2, size=4.5)
     for name, curve in errors.items():
         axes[0, 0].loglog([2 * int(n) for n in curve], list(curve.values()), "o-", label=name)
+    axes[0, 0].set_xticks([2, 4, 8, 16], [2, 4, 8, 16])
+    axes[0, 0].minorticks_off()
     axes[0, 0].set(xlabel="evaluations, inversion + reconstruction", ylabel="mean squared error")
     axes[0, 0].legend(frameon=False)
     d = next(iter(noises.values()))[0].numel()
@@ -1289,7 +1307,8 @@ def choose_device(config):
     torch.backends.cudnn.benchmark = name == "cuda"
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")    # wrong gradients up to torch 2.14, issue 193061
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        wait = datetime.timedelta(hours=24)                # the others wait while rank 0 decodes images or downloads
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=wait)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch % process()[1]:
@@ -1605,6 +1624,8 @@ def rank_zero_first():
 def load_round(path, config, channels, classes, device):
     """A finished round's network from its file.  UserError if its settings make another network."""
     content = load_checkpoint(path, keys=("model",))
+    if not isinstance(content["config"], dict) or "stage" in content:
+        raise UserError(f"{path} is no finished network of these scripts (those are called 1-rf.pt, 2-rf.pt, ...)")
     flow = Flow(config, channels, classes)
     for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
         theirs, ours = content["config"].get(name), getattr(config, name)
@@ -1615,6 +1636,18 @@ def load_round(path, config, channels, classes, device):
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, device).eval().requires_grad_(False)
+
+
+# Copied from 02_reflow.py
+def check_network(config, images, classes):
+    """UserError, before anything is written, for sizes that no network can have and for data without a spread."""
+    if len(images) < 2:
+        raise UserError(f"--data {config.data}: {len(images)} picture is no distribution; give at least two")
+    try:
+        with torch.device("meta"):                         # no memory, no time
+            Flow(config, images.shape[1], classes)
+    except ValueError as error:
+        raise UserError(f"--image-size, --channels or --mult: {error}") from None
 
 
 # Copied from 02_reflow.py
@@ -1684,7 +1717,9 @@ def load_teacher(path, build, config, channels, classes, device):
 
 def stage(path, make, build):
     """The finished network in `path`; made first if it is not there.  Interrupted, the same call goes on."""
-    if not path.exists():
+    done = path.exists()
+    wait_for_all()                                         # all have looked before rank 0 writes
+    if not done:
         network, config = make()
         save_checkpoint(path, config=config, model=network.state_dict())
         wait_for_all()                                     # the others read the file that rank 0 writes
@@ -1714,6 +1749,7 @@ def main(config):
         if set(names) & {"E", "F", "G"}:                   # a missing backbone fails here, not an hour from now
             Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights)
     classes, channels = len(class_names) if config.conditional else 0, images.shape[1]
+    check_network(config, images, classes)
     build = partial(load_round, config=config, channels=channels, classes=classes, device=device)
     given = load_teacher(config.teacher, build, config, channels, classes, device)
     folder = open_run(config, __file__)
@@ -1723,7 +1759,8 @@ def main(config):
         given or train_teacher(resident, labels, classes, config, device, folder), settings), build)
     make_pairs(Velocity(teacher, config), folder / "pairs", config, images.shape[1:], device, stream=2)
     wait_for_all()
-    pairs = draw_stored(load_pairs(folder / "pairs", config, device), seed_for(config.seed, 2), classes)
+    z1 = load_pairs(folder / "pairs", config, images.shape[1:], device)
+    pairs = draw_stored(z1, seed_for(config.seed, 2), classes)
     flows, real = {"teacher": [teacher]}, None
     for name, seed in [(name, seed) for name in names for seed in range(config.seeds)]:
         if name == "G" and real is None:
