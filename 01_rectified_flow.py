@@ -205,7 +205,7 @@ class EMA:
 
 @torch.no_grad()
 def integrate(velocity, x0, steps, method="euler"):
-    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back from data to noise, integrate reverse(velocity).
+    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - s).
 
     "euler": z += v/N, N evaluations.  "heun": slope averaged over both ends of a step, 2N.  "rk45": scipy's adaptive
     solver at tolerance 1e-5, steps ignored, the whole batch one state as in [Liu+22].

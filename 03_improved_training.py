@@ -88,11 +88,13 @@ class Config:
     a: float = option(4.0, "steepness of the U-shaped times; 0 is uniform", low=0.0, high=50.0)
     antithetic: bool = option(False, "draw times as pairs t, 1 - t")
     lpips_net: str = option("squeeze", "LPIPS backbone; the paper uses vgg", choices=("vgg", "alex", "squeeze"))
-    lpips_size: int = option(32, "images are upsampled to this side for LPIPS (the paper: 224)", low=16, high=512)
+    lpips_size: int = option(32, "images are upsampled to this side for LPIPS (the paper: 224)", low=32, high=512)
     lpips_weights: str = option("random", "pretrained (torchvision's, downloaded), random (dry run), or a file")
+    lpips_weight: float = option(4.0, "factor of LPIPS in E to G (the paper: 1, with a trained backbone)", low=0.0)
     big_batch: int = option(1, "batch of B to G in multiples of A's (the paper: 4)", low=1)
     real_pairs: int = option(1024, "real images inverted to noise for G", low=1)
     real_share: float = option(1.0, "share of G's batch that is real", low=0.0, high=1.0)
+    invert_noise: float = option(0.05, "noise mixed in before inverting (the paper: 0.001)", low=0.0, high=0.5)
     real_steps: int = option(100, "training steps of G", low=1)
     steps: int = option(2000, "training steps of the teacher", low=1)
     reflow_steps: int = option(1000, "training steps of A to F", low=1)
@@ -128,14 +130,16 @@ class Config:
         "gpu": dict(                                       # one GPU, about half an hour, its own teacher included
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=10000, reflow_steps=3000, real_steps=300, lr=4e-4, warmup=500,
-            ema_decay=0.999, pairs=50000, real_pairs=10000, pair_steps=18, shard=500, lpips_net="vgg", lpips_size=64,
-            lpips_weights="pretrained", eval_size=10000, log_every=100, checkpoint_every=1000),
+            ema_decay=0.999, pairs=50000, real_pairs=10000, invert_noise=0.01,
+            pair_steps=18, shard=500, lpips_net="vgg", lpips_size=64,
+            lpips_weights="pretrained", lpips_weight=1.0, eval_size=10000, log_every=100, checkpoint_every=1000),
         "paper": dict(                                     # [Lee+24] CIFAR-10; bring the EDM teacher with --teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.13, batch=128, big_batch=4, steps=400000, reflow_steps=800000, real_steps=5000, lr=2e-4,
-            lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, real_pairs=50000, pair_solver="edm",
-            pair_steps=18, shard=1000, lpips_net="vgg", lpips_size=224, lpips_weights="pretrained", eval_size=50000,
-            tolerance=1e-5, log_every=100, checkpoint_every=10000),
+            lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, real_pairs=50000, invert_noise=0.001,
+            pair_solver="edm", pair_steps=18, shard=1000, lpips_net="vgg", lpips_size=224,
+            lpips_weights="pretrained", lpips_weight=1.0, eval_size=50000, tolerance=1e-5, log_every=100,
+            checkpoint_every=10000),
     }
 
 
@@ -164,7 +168,7 @@ def u_shaped_times(n, a=4.0, device=None, antithetic=False):
     """
     y = torch.rand((n + 1) // 2 if antithetic else n, device=device)
     y = torch.cat([y, 1 - y])[:n] if antithetic else y
-    return y if a == 0 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
+    return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
 
 
 def pseudo_huber(v, target):
@@ -208,9 +212,15 @@ def few_step_sample(velocity, x0, times, rule="new", heun=False):
     return x
 
 
-def invert(velocity, x1, steps, method="euler"):
-    """The noise that the flow carries to x1 (B, *D): its ODE solved backwards from t = 1 [Lee+24 section 4.4]."""
-    return integrate(reverse(velocity), x1, steps, method)[-1]
+def invert(velocity, x1, steps, method="euler", noise=0.0):
+    """The noise z0 that the flow carries to x1 (B, *D): its ODE solved back from t = 1 - noise [Lee+24 section 4.4].
+
+    A picture holds no trace of its noise, and flat ones none at all; so a little is mixed in first, as
+    the authors do with 0.001.
+    """
+    start = 1 - noise
+    xt = interpolate(torch.randn_like(x1), x1, x1.new_full(x1.shape[:1], start))
+    return integrate(lambda x, s: -start * velocity(x, start * (1 - s)), xt, steps, method)[-1]
 
 
 # Copied from 02_reflow.py
@@ -331,9 +341,9 @@ class Perceptual(nn.Module):
     differences of normalised features lose too much in bf16.
     """
 
-    def __init__(self, net, size, weights):
+    def __init__(self, net, size, weights, factor=1.0):
         super().__init__()
-        self.size = size
+        self.size, self.factor = size, factor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                # lpips calls torchvision by an old name
             self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
@@ -341,7 +351,7 @@ class Perceptual(nn.Module):
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
             a, b = (F.interpolate(x.float(), (self.size, self.size), mode="bilinear") for x in (a, b))
-            return self.lpips(a, b).flatten()
+            return self.factor * self.lpips(a, b).flatten()
 
 
 def load_lpips(net, weights):
@@ -352,8 +362,9 @@ def load_lpips(net, weights):
     if weights == "pretrained":
         try:
             return lpips.LPIPS(net=net, verbose=False)
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            raise UserError(f"no pretrained {net} for LPIPS ({error}): pass --lpips-weights FILE (torchvision's state "
+        except Exception as error:                         # no network, no disk, half a download in torch's cache
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"no pretrained {net} for LPIPS ({reason}): pass --lpips-weights FILE (torchvision's state "
                             "dict), or --lpips-weights random for a dry run") from None
     torch.manual_seed(0)                                   # an untrained yardstick, but the same one every time
     network = lpips.LPIPS(net=net, pnet_rand=True, lpips=weights != "random", verbose=False)
@@ -509,7 +520,7 @@ class Velocity:
 # Copied from 01_rectified_flow.py
 @torch.no_grad()
 def integrate(velocity, x0, steps, method="euler"):
-    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back from data to noise, integrate reverse(velocity).
+    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - s).
 
     "euler": z += v/N, N evaluations.  "heun": slope averaged over both ends of a step, 2N.  "rk45": scipy's adaptive
     solver at tolerance 1e-5, steps ignored, the whole batch one state as in [Liu+22].
@@ -685,12 +696,6 @@ def data_moments(images, features, name, device):
     return content["mean"], content["cov"]
 
 
-# Copied from 01_rectified_flow.py
-def reverse(velocity):
-    """The same flow run backwards, w(x, s) = -v(x, 1 - s): integrate(reverse(v), z1, ...) ends in z0."""
-    return lambda x, s: -velocity(x, 1 - s)
-
-
 @torch.no_grad()
 def velocity_error(velocity, pairs, config, bins=5, size=500):
     """|x1 - x0 - v|^2 on `size` pairs in equal slices of t, mean over pixels [Lee+24 figure 3].  Returns (bins,)."""
@@ -722,16 +727,16 @@ def evaluate(velocity, real, features, config, shape, device, pairs):
     return result | {"S": by_time.mean().item(), "error_by_t": velocity_error(velocity, pairs, config)}, pictures
 
 
-def round_trip(velocity, x1, labels, steps):
+def round_trip(velocity, x1, labels, steps, noise):
     """Invert pictures in `steps` evaluations and reconstruct in as many: the noise, and the mean squared error."""
     flow = partial(velocity, labels=labels)
-    z0 = invert(flow, x1, steps)
+    z0 = invert(flow, x1, steps, noise=noise)
     return z0, (integrate(flow, z0, steps)[-1] - x1).square().mean().item()
 
 
 def slerp(z, w, share):
     """From z to w (*D) along the sphere, where Gaussian noise lives: a straight mix would be too quiet."""
-    angle = torch.acos((z * w).sum() / (z.norm() * w.norm()))
+    angle = torch.acos(((z * w).sum() / (z.norm() * w.norm())).clamp(max=1 - 1e-6))      # z may equal w
     return (torch.sin((1 - share) * angle) * z + torch.sin(share * angle) * w) / torch.sin(angle)
 
 
@@ -744,11 +749,12 @@ class Record(dict):
     """What the reader below makes of any class or function it does not know: inert, remembers what it was given."""
 
     def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
+        record = super().__new__(cls)
+        record.args, record.state = args, {}
+        return record
 
     def __init__(self, *args, **kwargs):
-        super().__init__()
-        self.args, self.state = args, {}
+        """dict's would copy the arguments.  (Pickle calls __new__ alone for most objects, so that one remembers.)"""
 
     def __setstate__(self, state):
         self.state = state
@@ -798,7 +804,8 @@ def load_edm_pickle(path):
         with open(path, "rb") as file:
             tensors = module_tensors(InertUnpickler(file).load()["ema"])
     except Exception as error:                             # a hostile or broken pickle can fail in any way
-        raise UserError(f"--teacher {path}: no EDM network in it ({type(error).__name__}: {error})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]       # torch's run over many lines
+        raise UserError(f"--teacher {path}: no EDM network in it ({reason})") from None
     return {name: value.float() for name, value in tensors.items()
             if not name.endswith("resample_filter") and "map_augment" not in name}
 
@@ -812,14 +819,19 @@ def make_inverted(velocity, images, labels, config, folder, device):
         noises = []
         for chunk in tqdm(torch.arange(len(images)).split(config.shard), "inverting", disable=None):
             flow = partial(velocity, labels=labels[chunk] if velocity.classes else None)
-            noises.append(invert(flow, to_floats(images[chunk]), config.pair_steps, "heun").half().cpu())
+            torch.manual_seed(seed_for(config.seed, 3, chunk[0].item()))
+            z0 = invert(flow, to_floats(images[chunk]), config.pair_steps, "heun", config.invert_noise)
+            noises.append(z0.half().cpu())
         if process()[0] == 0:
             save_array(path, torch.cat(noises))
         wait_for_all()
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).to(device)
+        noise = torch.from_numpy(np.load(path, allow_pickle=False))
     except Exception as error:                             # np.load has another error for every way to be broken
         raise UserError(f"{path} is broken ({error}); delete it and run again") from None
+    if noise.dtype != torch.float16 or noise.shape != images.shape:
+        raise UserError(f"{path} holds no noise for these {len(images)} pictures; delete it and run again")
+    return noise.to(device)
 
 
 # Copied from 02_reflow.py
@@ -1696,7 +1708,8 @@ def train_student(name, seed, start, pairs, real, config, device, folder):
                                  batch=config.batch * (config.big_batch if recipe["big"] else 1))
     perceptual = None
     if recipe["distance"].startswith("lpips"):
-        perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), device)
+        perceptual = Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights, config.lpips_weight)
+        perceptual = place(perceptual, device)
     draw = draw_mixed(pairs, real, config.real_share) if name == "G" else pairs
     loss_fn = pair_loss(draw, recipe, config, device, perceptual)
     return fit(flow, loss_fn, config, folder, f"{name}-{seed}", 100 * (seed + 1) + number).model
@@ -1772,12 +1785,12 @@ def main(config):
             train_student(name, seed, start, pairs, real, config, device, folder), settings), build)
         flows[name] = flows.get(name, []) + [flow]
     if process()[0] == 0:
-        report(flows, images, labels, pairs, features, label, config, device, folder)
+        report(flows, images, labels, class_names, pairs, features, label, config, device, folder)
         print(f"\n{time.perf_counter() - started:.0f} s; figures and results.json are in {folder}/")
 
 
 # Differs from 02_reflow.py: other numbers and figures
-def report(flows, images, labels, pairs, features, label, config, device, folder):
+def report(flows, images, labels, class_names, pairs, features, label, config, device, folder):
     """Measure every network from the same noises, print the table, draw the figures."""
     real = data_moments(images, features, "inception" if config.fid else "random", device)
     results, strips = {}, {}
@@ -1793,7 +1806,7 @@ def report(flows, images, labels, pairs, features, label, config, device, folder
     index = torch.arange(12, device=device)
     noise = pair_noise(seed_for(config.seed, 999), index, images.shape[1:])
     many = sample(Velocity(flows["teacher"][0], config), noise, index, 20, "heun").clamp(-1, 1).cpu()
-    inversion = report_inversion(flows, images, labels, config, device, folder)
+    inversion = report_inversion(flows, images, labels, class_names, config, device, folder)
     save_json(folder / "results.json", {"distance": label, "samples": config.eval_size, "lpips": config.lpips_weights,
                                         "configurations": results, "inversion": inversion})
     print_table(results, label, config)
@@ -1802,30 +1815,31 @@ def report(flows, images, labels, pairs, features, label, config, device, folder
     draw_ladder({n: rows for n, rows in results.items() if n != "teacher"}, label, folder)
 
 
-def report_inversion(flows, images, labels, config, device, folder, count=200):
+def report_inversion(flows, images, labels, class_names, config, device, folder, count=200):
     """Reconstruction error against evaluations, |z|^2 against chi-squared, and pictures edited through their noise."""
     x1, labels = to_floats(images[:count].to(device)), labels[:count]
     errors, noises, summary = {}, {}, {}
+    torch.manual_seed(seed_for(config.seed, 4))
     for name, networks in flows.items():
         velocity = Velocity(networks[0], config)
         own = labels if velocity.classes else None
-        trips = {n: round_trip(velocity, x1, own, n) for n in (1, 2, 4, 8)}
+        trips = {n: round_trip(velocity, x1, own, n, config.invert_noise) for n in (1, 2, 4, 8)}
         errors[name], noises[name] = {str(n): trip[1] for n, trip in trips.items()}, trips[8][0]
         squares = noises[name].flatten(1).square().sum(1)
         summary[name] = {"mse": errors[name], "z2_mean": squares.mean().item(), "z2_std": squares.std().item()}
     draw_inversion(errors, {n: noises[n] for n in list(noises)[:1] + list(noises)[-1:]}, folder)
-    draw_samples(edit(velocity, noises[name], x1, labels), folder, "editing.png")
+    draw_samples(edit(velocity, noises[name], x1, labels, class_names), folder, "editing.png")
     return summary
 
 
-def edit(velocity, z0, x1, labels, shown=10):
+def edit(velocity, z0, x1, labels, class_names, shown=10):
     """Strips of pictures edited through their noise z0: decoded again, as another class, and in between."""
     def decode(z, c):
         return few_step_sample(partial(velocity, labels=c), z, (0.0, 0.5)).clamp(-1, 1).cpu()
     own = labels[:shown] if velocity.classes else None
     strips = {"real": x1[:shown].cpu(), "reconstructed": decode(z0[:shown], own)}
     for c in range(min(velocity.classes, 4)):
-        strips[f"as class {c}"] = decode(z0[:shown], torch.full_like(labels[:shown], c))
+        strips[f"as {class_names[c]}"] = decode(z0[:shown], torch.full_like(labels[:shown], c))
     line = torch.stack([slerp(z0[0], z0[1], share) for share in torch.linspace(0, 1, shown, device=z0.device)])
     return strips | {"interpolated": decode(line, None if own is None else labels[:1].expand(shown))}
 

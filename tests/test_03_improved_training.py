@@ -587,16 +587,27 @@ def test_inversion_undoes_a_curved_flow():
     torch.testing.assert_close(back, x1, rtol=1e-3, atol=1e-4)
 
 
+def test_inversion_may_start_from_a_noisier_picture():
+    """From t = 1 - noise, with fresh noise mixed in; so that even a flat picture has noise of the right size."""
+    x1 = torch.cat([torch.zeros(1, 3072), 0.5 * torch.randn(1, 3072)])
+    for share in (0.0, 0.05, 0.5):
+        torch.manual_seed(3)
+        xt = (1 - share) * x1 + share * torch.randn(2, 3072)
+        torch.manual_seed(3)
+        z0 = chapter.invert(Counted(gaussian), x1, 100, "heun", noise=share)
+        torch.testing.assert_close(z0, xt / (share ** 2 + 0.25 * (1 - share) ** 2) ** 0.5, rtol=1e-3, atol=1e-3)
+
+
 def test_round_trip_counts_and_measures():
     x1, flow = 0.3 * torch.randn(6, 3, 4, 4), Counted(straight)
 
     def velocity(x, t, labels):
         assert labels.tolist() == list(range(6))
         return flow(x, t)
-    z0, error = chapter.round_trip(velocity, x1, torch.arange(6), 4)
+    z0, error = chapter.round_trip(velocity, x1, torch.arange(6), 4, 0.0)
     torch.testing.assert_close(z0, x1 / 0.3)
     assert error < 1e-10 and flow.evaluations == 8
-    assert chapter.round_trip(lambda x, t, labels: gaussian(x, t), x1, None, 1)[1] > 1e-4
+    assert chapter.round_trip(lambda x, t, labels: gaussian(x, t), x1, None, 1, 0.0)[1] > 1e-4
 
 
 def test_inverted_noise_of_an_exact_flow_has_the_chi_squared_law():
@@ -709,11 +720,9 @@ def test_lpips_is_that_of_the_package_on_upsampled_pictures(perceptual):
     a, b = pictures()
     torch.manual_seed(0)
     with pytest.warns(UserWarning):
-        network = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
     large = [nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False) for x in (a, b)]
     torch.testing.assert_close(perceptual(a, b), network(*large).flatten())
-    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", "cpu", weights_only=True)
-    assert torch.equal(perceptual.lpips.lin0.model[1].weight, heads["lin0.model.1.weight"])
 
 
 def test_lpips_is_zero_for_equal_pictures_only(perceptual):
@@ -769,8 +778,10 @@ def quick_backbones(monkeypatch):
 def test_lpips_reads_a_backbone_in_torchvisions_layout(tmp_path, net, quick_backbones):
     state = torchvision_state(NETS[net])
     torch.save(state, tmp_path / "backbone.pth")
-    inside = chapter.Perceptual(net, 64, str(tmp_path / "backbone.pth")).lpips.net
-    ours = dict(inside.named_parameters())
+    network = chapter.Perceptual(net, 64, str(tmp_path / "backbone.pth")).lpips
+    heads = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", "cpu", weights_only=True)
+    assert torch.equal(network.lin0.model[1].weight, heads["lin0.model.1.weight"])      # the package's linear heads
+    inside, ours = network.net, dict(network.net.named_parameters())
     assert len(ours) == sum(name.startswith("features") for name in state)
     for name, p in ours.items():
         assert torch.equal(p, state["features." + name.split(".", 1)[1]]), name
@@ -1060,7 +1071,7 @@ class Straight:
 @pytest.mark.parametrize("classes", [0, 3])
 def test_real_pictures_are_inverted_once_and_kept(tmp_path, classes):
     images, labels = chapter.shapes(20, 8)[0], torch.arange(20) % 3
-    velocity, config = Straight(classes), chapter.Config(shard=8, pair_steps=2)
+    velocity, config = Straight(classes), chapter.Config(shard=8, pair_steps=2, invert_noise=0.0)
     noise = chapter.make_inverted(velocity, images, labels, config, tmp_path, CPU)
     assert noise.dtype == torch.float16 and [path.name for path in tmp_path.rglob("*.*")] == ["inverted.npy"]
     torch.testing.assert_close(noise.float(), chapter.to_floats(images) / 0.3, rtol=2e-3, atol=2e-3)
@@ -1070,6 +1081,17 @@ def test_real_pictures_are_inverted_once_and_kept(tmp_path, classes):
     else:
         assert velocity.labels == [None] * 12
     assert torch.equal(chapter.make_inverted(None, images, labels, config, tmp_path, CPU), noise)
+
+
+def test_the_noise_mixed_in_before_inverting_depends_on_the_seed_alone(tmp_path):
+    images, made = chapter.shapes(20, 8)[0], []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)
+        config = chapter.Config(shard=8, pair_steps=2, invert_noise=0.1, seed=seed)
+        made.append(chapter.make_inverted(Straight(), images, None, config, tmp_path / str(i), CPU))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    mixed = made[0].float() * (0.1 + 0.9 * 0.3) - 0.9 * chapter.to_floats(images)          # the noise by itself
+    assert mixed.std() == pytest.approx(0.1, rel=0.1) and not torch.allclose(mixed[:8], mixed[8:16])
 
 
 @pytest.mark.parametrize("content", ["empty", "truncated", "text", "objects", "too few"])
@@ -1402,14 +1424,13 @@ chapter.log_line = log_line
 """
 
 KILL_WHILE_WRITING = """
-inner = chapter.np.save
-def save(file, array):
-    if "inverted" in file.name:
-        file.write(b"half")
-        file.flush()
+inner = chapter.Path.write_bytes
+def write_bytes(path, data):
+    inner(path, data[:len(data) // 2])
+    if "inverted" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    inner(file, array)
-chapter.np.save = save
+    return inner(path, data)
+chapter.Path.write_bytes = write_bytes
 """
 
 
