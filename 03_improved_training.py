@@ -1827,9 +1827,12 @@ def report_inversion(flows, images, labels, class_names, config, device, folder,
         errors[name], noises[name] = {str(n): trip[1] for n, trip in trips.items()}, trips[8][0]
         squares = noises[name].flatten(1).square().sum(1)
         summary[name] = {"mse": errors[name], "z2_mean": squares.mean().item(), "z2_std": squares.std().item()}
-    draw_inversion(errors, {n: noises[n] for n in list(noises)[:1] + list(noises)[-1:]}, folder)
-    draw_samples(edit(velocity, noises[name], x1, labels, class_names), folder, "editing.png")
-    return summary
+    best = min(errors, key=lambda n: errors[n]["8"])       # a network that cannot reconstruct cannot edit either
+    draw_inversion(errors, {n: noises[n] for n in dict.fromkeys(["teacher", best, name])}, folder)
+    strips = edit(Velocity(flows[best][0], config), noises[best], x1, labels, class_names)
+    draw_samples({f"{n} by {best}" if n == "reconstructed" else n: strip for n, strip in strips.items()}, folder,
+                 "editing.png")
+    return summary | {"edited_by": best}
 
 
 def edit(velocity, z0, x1, labels, class_names, shown=10):

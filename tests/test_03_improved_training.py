@@ -725,6 +725,11 @@ def test_lpips_is_that_of_the_package_on_upsampled_pictures(perceptual):
     torch.testing.assert_close(perceptual(a, b), network(*large).flatten())
 
 
+def test_lpips_may_count_more(perceptual):
+    a, b = pictures()
+    torch.testing.assert_close(chapter.Perceptual("squeeze", 32, "random", 3.0)(a, b), 3 * perceptual(a, b))
+
+
 def test_lpips_is_zero_for_equal_pictures_only(perceptual):
     a, b = pictures()
     assert (perceptual(a, a) == 0).all() and (perceptual(a, b) > 0).all()
@@ -1126,6 +1131,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Runs inside this process end with their last stage."""
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+
+
 def call(patch, *args, script=chapter):
     """Act like the command line, in this process.  Returns the exit code."""
     patch.setattr(sys, "argv", ["script.py", *map(str, args)])
@@ -1240,7 +1251,7 @@ def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, h
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_students_start_from_the_teacher_and_g_from_f(run, here, monkeypatch):
+def test_students_start_from_the_teacher_and_g_from_f(run, here, unmeasured, monkeypatch):
     starts, inner = {}, chapter.fit
 
     def fit(model, loss_fn, config, folder, stage, *rest):
@@ -1253,7 +1264,7 @@ def test_students_start_from_the_teacher_and_g_from_f(run, here, monkeypatch):
         assert torch.equal(starts[f"{name}-{seed}"], weights(here / "run" / f"{sources[name].format(seed)}.pt"))
 
 
-def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here):
+def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here, monkeypatch):
     """--seeds and --ablate may be added later; seeds share teacher and pairs and differ in all they draw."""
     args = [*TINY, "--configs", "A", "--out", "run"]
     assert run(*args)[0] == 0
@@ -1266,6 +1277,7 @@ def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here):
     results = json.loads((here / "run" / "results.json").read_text())["configurations"]
     first, second = (row["FD"]["1"] for row in results["A"])
     assert f"{(first + second) / 2:9.3f}" in out and f"{abs(first - second) / 2 ** 0.5:11.3f}" in out
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
     code, out, err = run(*args, "--ablate")
     assert code == 0, err
     assert rows(here / "run") == expected_rows("teacher", "A-0", "A-1", "C-0", "D-0", "E-0", "F-0", "G-0")
@@ -1300,7 +1312,7 @@ def asked(finished, method, steps):
             steps, method)
 
 
-def test_chapter_2s_flow_is_a_teacher(run, here, monkeypatch):
+def test_chapter_2s_flow_is_a_teacher(run, here, unmeasured, monkeypatch):
     """Its 1-rf.pt is copied, not trained, and makes the pairs."""
     second = load("02_reflow")
     monkeypatch.setattr(second, "report", lambda *arguments: None)
@@ -1315,7 +1327,7 @@ def test_chapter_2s_flow_is_a_teacher(run, here, monkeypatch):
     assert not torch.equal(weights(here / "three" / "A-0.pt"), weights(here / "three" / "teacher.pt"))
 
 
-def test_nvidias_file_is_a_teacher(run, here):
+def test_nvidias_file_is_a_teacher(run, here, unmeasured):
     (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(4).model))
     code, _, err = run(*TINY, "--configs", "A", "--teacher", "edm.pkl", "--pair-solver", "edm", "--out", "run")
     assert code == 0, err
@@ -1374,7 +1386,7 @@ def test_pretrained_lpips_without_a_network_is_one_line(run, here, offline):
     one_line(err, "--lpips-weights random")
 
 
-def test_lpips_is_not_needed_without_its_configurations(run, here, offline):
+def test_lpips_is_not_needed_without_its_configurations(run, here, unmeasured, offline):
     code, _, err = run(*TINY, "--lpips-weights", "pretrained", "--configs", "C", "--out", "run")
     assert code == 0, err
 
@@ -1434,7 +1446,7 @@ chapter.Path.write_bytes = write_bytes
 """
 
 
-def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, here):
+def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, here, unmeasured):
     """kill -9 between log row and checkpoint of F, and within the file of inverted noise."""
     folder, args = here / "runs" / NAME / "quick", [*TINY, "--configs", "C", "G"]
     for spy, stage, step in [(KILL_AT_ROW.format("F-0", 4), "F-0", 2), (KILL_WHILE_WRITING, "F-0", 4)]:
@@ -1450,7 +1462,7 @@ def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, h
     assert rows(folder) == expected_rows("teacher", "C-0", "F-0", "G-0") and not list(folder.rglob("*part*"))
 
 
-def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, monkeypatch):
+def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, unmeasured, monkeypatch):
     """A stop in step 3 of F, then the same command again: as if nothing had been."""
     folder, inner = copy_run(finished, here, "F-0.pt", "G-0.pt"), chapter.lpips_huber
     calls = []
@@ -1468,7 +1480,7 @@ def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, monkeypat
 
 
 def torchrun(*command, cwd):
-    """Two processes of a command on this machine."""
+    """Two processes of a command."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
