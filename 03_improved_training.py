@@ -1832,7 +1832,7 @@ def report_inversion(flows, images, labels, class_names, config, device, folder,
     strips = edit(Velocity(flows[best][0], config), noises[best], x1, labels, class_names)
     draw_samples({f"{n} by {best}" if n == "reconstructed" else n: strip for n, strip in strips.items()}, folder,
                  "editing.png")
-    return summary | {"edited_by": best}
+    return summary
 
 
 def edit(velocity, z0, x1, labels, class_names, shown=10):
