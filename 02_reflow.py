@@ -1207,7 +1207,7 @@ def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
-        tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
+        tqdm.write(f"{stage:>14}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
         try:
             with path.open("a", newline="") as file:
                 csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])
