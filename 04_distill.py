@@ -7,8 +7,9 @@ and one evaluation of f at the noise draws a picture.  They differ in where f's 
     progressive  two steps of the teacher; the student becomes the teacher, and steps are halved               [SH22]
     consistency  f itself, one small step of the teacher's ODE further on                                      [Song+23]
     ict          f itself, one small step of the straight line to the picture further on: no teacher           [SD24]
-Beside rf stands `direct`: the same distillation of 1-RF without reflow first.  Every method may spend the same number
-of network evaluations (forward 1, backward 2, pairs and teachers counted), and all start from the weights of 1-RF.
+rf starts from 2-RF and its pairs; beside it stands `direct`, the same distillation of 1-RF without reflow first.  The
+others start from 1-RF too.  Every method spends the same number of network evaluations (forward 1, backward 2, pairs
+and teachers counted) on top of these two, and what reflow had cost is told beside it.
 Diffusion's noise levels, y = x1 + sigma x0, are this set's times: t = 1 / (1 + sigma), x_t = t y.
 
     python 04_distill.py                                       # shapes, offline: teacher, reflow, all methods
@@ -86,13 +87,13 @@ class Config:
     teacher: str = option("", "a finished 1-rf.pt (chapters 2 and 4) in place of training 1-RF")
     reflow: str = option("", "a finished 2-rf.pt in place of training 2-RF; its cost counts as if it were trained here")
     conditional: bool = option(True, "feed class labels to the network")
-    steps: int = option(2000, "training steps of the teacher, 1-RF", low=1)
-    reflow_steps: int = option(600, "training steps of 2-RF", low=1)
-    distill_steps: int = option(400, "steps of rf's distillation; direct gets these and reflow's", low=1)
+    steps: int = option(1200, "training steps of the teacher, 1-RF", low=1)
+    reflow_steps: int = option(900, "training steps of 2-RF", low=1)
+    distill_steps: int = option(500, "training steps of rf and direct; the others get what costs as much", low=1)
     batch: int = option(32, "images in a step, over all processes", low=1)
-    pairs: int = option(1536, "pairs made for the reflow, and again for the distillation", low=1)
+    pairs: int = option(3072, "pairs that 1-RF makes for reflow and direct, and 2-RF for rf", low=1)
     pair_solver: str = option("heun", "ODE solver that makes pairs", choices=("euler", "heun"))
-    pair_steps: int = option(8, "its steps (heun takes two evaluations each)", low=1)
+    pair_steps: int = option(4, "its steps (heun takes two evaluations each)", low=1)
     jumps: int = option(1, "steps k that rf and direct are distilled to: times 0, 1/k, ..., (k-1)/k", low=1)
     lpips_share: float = option(0.5, "last share of rf's and direct's steps that measures LPIPS, not squares",
                                 low=0.0, high=1.0)
@@ -109,7 +110,8 @@ class Config:
     mult: tuple = option((1, 1, 1), "width of each level, in multiples of channels", low=1)
     blocks: int = option(1, "residual blocks of a level", low=1)
     attention: tuple = option((4,), "resolutions with self-attention", low=1)
-    dropout: float = option(0.0, "dropout in the residual blocks", low=0.0, high=0.9)
+    dropout: float = option(0.0, "dropout in the residual blocks of 1-RF and 2-RF", low=0.0, high=0.9)
+    student_dropout: float = option(0.0, "the same of the four methods ([SD24]: 0.3 for ict)", low=0.0, high=0.9)
     lr: float = option(6e-3, "peak learning rate of 1-RF and 2-RF", low=0.0)
     student_lr: float = option(3e-3, "peak learning rate of the four methods", low=0.0)
     lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
@@ -135,10 +137,10 @@ class Config:
         "quick": {},
         "gpu": dict(                                       # one GPU, about half an hour after chapter 2's teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
-            dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=1500, lr=4e-4, student_lr=2e-4,
-            warmup=200, ema_decay=0.999, pairs=25000, pair_steps=18, halvings=6, levels=(10, 160), shard=500,
+            dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
+            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=6, levels=(10, 160), shard=500,
             lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, checkpoint_every=1000),
-        "paper": dict(                                     # [Liu+22]'s sizes for reflow and distillation, all at 5.6 G
+        "paper": dict(                                     # [Liu+22]'s sizes for reflow; every method costs 0.6 G
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=512, steps=600000, reflow_steps=300000, distill_steps=300000, lr=2e-4, student_lr=1e-4,
             lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, pair_steps=64, halvings=10,
@@ -225,16 +227,15 @@ def consistency_training_loss(draw, batch, steps, levels, device=None):
     """ict: huber(f(x_t, t), f^-(x_r, r)) / (sigma_t - sigma_r), both on one line: x_r = (1 - r) x0 + r x1 [SD24].
 
     No teacher: on average over x0, x1 given x_t, the line's step is Euler's with the exact velocity.  The number of
-    levels doubles along training, and the pair is drawn from a lognormal of the noise level, see ict_levels and
-    ict_weights.  1 / (sigma_t - sigma_r) = t r / (r - t).
+    levels doubles along training, and the pair is drawn from a lognormal of the noise level: see ict_levels, ict_grid.
     """
     def loss_fn(model, ema, step):
         x0, x1, labels = draw(batch)
-        times, chances = ict_grid(ict_levels(step, steps, *levels), device)
+        times, chances, weights = ict_grid(ict_levels(step, steps, *levels), device)
         i = torch.multinomial(chances, batch, replacement=True)
         r, t = times[i], times[i + 1]
         y, target = both_ends(partial(model, labels=labels), interpolate(x0, x1, t), t, interpolate(x0, x1, r), r)
-        return pseudo_huber(y, target) * t * r / (r - t)
+        return weights[i] * pseudo_huber(y, target)
     return loss_fn
 
 
@@ -265,7 +266,7 @@ def ict_levels(step, steps, first, last):
     return min(first * 2 ** (step // period), last) + 1
 
 
-def ict_weights(times, mean=-1.1, std=2.0):
+def ict_chances(times, mean=-1.1, std=2.0):
     """Chance of each interval of times (n,): mass of log sigma ~ N(mean, std^2) between its ends [SD24].  (n-1,)."""
     log_sigma = torch.log((1 - times) / times)             # -inf at t = 1, where erf is -1
     mass = torch.erf((log_sigma - mean) / (std * 2 ** 0.5)).diff()
@@ -274,9 +275,13 @@ def ict_weights(times, mean=-1.1, std=2.0):
 
 @lru_cache(maxsize=16)
 def ict_grid(n, device=None):
-    """Times (n,) and chances (n-1,) on the device, made once per number of levels."""
+    """Times (n,), chances and weights (n-1,) of their intervals, on the device, made once per number of levels.
+
+    The weight is 1 / (sigma_t - sigma_r) = t r / (r - t), computed in float64, as r - t goes down to 4e-5.
+    """
     times = karras_times(n)
-    return times.float().to(device), ict_weights(times).float().to(device)
+    r, t = times[:-1], times[1:]
+    return [x.float().to(device) for x in (times, ict_chances(times), t * r / (r - t))]
 
 
 # Differs from 03_improved_training.py: the constant of [SD24], sqrt(d) where [Lee+24] has d, and no 1/d
@@ -363,16 +368,20 @@ def pair_noise(seed, index, shape):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def pair_cost(config):
+    """Network evaluations of one set of pairs."""
+    return config.pairs * config.pair_steps * (2 if config.pair_solver == "heun" else 1)
+
+
 def budget(config):
-    """Network evaluations that every method may spend: those of pairs, reflow, pairs again and distillation."""
-    pairs = 2 * config.pairs * config.pair_steps * (2 if config.pair_solver == "heun" else 1)
-    return pairs + 3 * config.batch * (config.reflow_steps + config.distill_steps)
+    """Network evaluations that every method may spend: those of rf's pairs and training."""
+    return pair_cost(config) + 3 * config.batch * config.distill_steps
 
 
 def steps_for(method, config):
-    """Training steps of a method for the common budget.  direct has its pairs from it too, the others make none."""
+    """Training steps of a method for the common budget.  rf and direct also make pairs from it."""
     if method in ("rf", "direct"):
-        return config.distill_steps + (config.reflow_steps if method == "direct" else 0)
+        return config.distill_steps
     return max(1, round(budget(config) / (COST[method] * config.batch)))
 
 
@@ -1690,17 +1699,18 @@ def train_seconds(path, name):
 def print_table(results, label, config):
     """A line per network, and what the columns mean."""
     print(f"\n{label}, after 1 and 2 network evaluations\n{'':>16}     FD 1     FD 2  precision  recall  density"
-          "  coverage  to teacher  evaluations  seconds")
+          "  coverage  to teacher  evaluations  + reflow  seconds")
     for name, row in results.items():
         distances = "".join(f"{row['FD'].get(n, float('nan')):9.3f}" for n in ("1", "2"))
         if name == "real data":
             distances = f"{row['FD']['-']:9.3f}        -"
         gap = "-" if row["to_teacher"] is None else f"{row['to_teacher']:.3f}"
-        spent, seconds = (f"{row[key]:,.0f}" if row[key] else "-" for key in ("evaluations", "seconds"))
+        cost, reflow, seconds = (f"{row[key]:,.0f}" if row[key] else "-" for key in ("evaluations", "reflow", "seconds"))
         print(f"{name:>16}{distances}{row['precision']:11.3f}{row['recall']:8.3f}{row['density']:9.3f}"
-              f"{row['coverage']:10.3f}{gap:>12}{spent:>13}{seconds:>9}")
-    print("to teacher: mean square distance to what 1-RF's ODE makes of the same noise; evaluations: spent after 1-RF\n"
-          f"({3 * config.batch * config.steps:,}), pairs included, the same for all methods")
+              f"{row['coverage']:10.3f}{gap:>12}{cost:>13}{reflow:>10}{seconds:>9}")
+    print("to teacher: mean square distance to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
+          "the method, its pairs included; + reflow: before that, for 2-RF; "
+          f"1-RF had cost {3 * config.batch * config.steps:,}")
     if config.lpips_weights == "random" and ("rf" in results or config.distance == "lpips"):
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of the papers' distance")
 
@@ -1719,16 +1729,11 @@ def train_round(k, teacher, draw, channels, classes, config, device, folder):
 def train_student(name, start, loss_fn, steps, stream, config, device, folder):
     """One method, or one round of it, from the weights of `start`; all with the same optimiser and schedule."""
     flow = place(copy.deepcopy(start), device).train().requires_grad_(True)
+    for layer in flow.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = config.student_dropout
     config = dataclasses.replace(config, steps=steps, lr=config.student_lr)
     return fit(flow, loss_fn, config, folder, name, stream).model
-
-
-def stored(flow, name, count, config, shape, device, folder, stream):
-    """`count` pairs of a flow, made unless they are there.  Returns z1 (count, C, H, W) uint8 on the device."""
-    config = dataclasses.replace(config, pairs=count)
-    make_pairs(Velocity(flow, config), folder / "pairs" / name, config, shape, device, stream)
-    wait_for_all()
-    return load_pairs(folder / "pairs" / name, config, shape, device)
 
 
 class Workshop:
@@ -1752,26 +1757,27 @@ class Workshop:
         return self.finish(name, lambda: train_student(name, start, loss_fn, steps, stream, self.config, self.device,
                                                        self.folder), begin)
 
-    def pairs(self, flow, name, count, stream):
-        """draw(n) on `count` stored pairs of a flow, and on the first half of them."""
-        z1 = stored(flow, name, count, self.config, self.shape, self.device, self.folder, stream)
-        seed = seed_for(self.config.seed, stream)
-        return draw_stored(z1, seed, self.classes), draw_stored(z1[:len(z1) // 2], seed, self.classes)
+    def pairs(self, flow, name, stream):
+        """draw(n) on stored pairs of a flow, made unless they are there."""
+        folder = self.folder / "pairs" / name
+        make_pairs(Velocity(flow, self.config), folder, self.config, self.shape, self.device, stream)
+        wait_for_all()
+        z1 = load_pairs(folder, self.config, self.shape, self.device)
+        return draw_stored(z1, seed_for(self.config.seed, stream), self.classes)
 
     def rf(self):
-        """2-RF, its distillation, and for the same pairs and steps the distillation of 1-RF."""
-        config, steps = self.config, steps_for("direct", self.config)
-        curved, half = self.pairs(self.teacher, "1-rf", 2 * config.pairs, 2)
+        """2-RF and its distillation; for comparison, the distillation of 1-RF in as many steps on as many pairs."""
+        config, steps = self.config, self.config.distill_steps
+        curved = self.pairs(self.teacher, "1-rf", 2)
         reflowed = self.finish("2-rf", lambda: self.build(config.reflow) if config.reflow else train_round(
-            2, self.teacher, half, self.shape[0], self.classes, config, self.device, self.folder))
-        straight, _ = self.pairs(reflowed, "2-rf", config.pairs, 3)
+            2, self.teacher, curved, self.shape[0], self.classes, config, self.device, self.folder))
+        straight = self.pairs(reflowed, "2-rf", 3)
         found = {"2-RF": {1: reflowed, 2: reflowed}}
-        for name, start, draw, count, stream in (("direct", self.teacher, curved, steps, 4),
-                                                 ("rf", reflowed, straight, config.distill_steps, 5)):
+        for name, start, draw, stream in (("direct", self.teacher, curved, 4), ("rf", reflowed, straight, 5)):
             distance = make_distance("lpips" if config.lpips_share else "squared", config, self.device,
-                                     switch=round(count * (1 - config.lpips_share)))
-            loss_fn = distillation_loss(draw, distance, self.batch, config.jumps)
-            student = self.student(name, start, loss_fn, count, stream)
+                                     switch=round(steps * (1 - config.lpips_share)))
+            student = self.student(name, start, distillation_loss(draw, distance, self.batch, config.jumps), steps,
+                                   stream)
             found[name] = {1: student, 2: student}
         return found
 
@@ -1850,7 +1856,7 @@ def report(networks, images, features, label, config, device, folder):
     held_out, others = (image_features(images[rows], features, device) for rows in order[:2 * size].split(size))
     ceiling = {"FD": {"-": frechet_from_moments(*moments(others), *real)}, "to_teacher": None}
     results = {"real data": ceiling | manifold_metrics(held_out, others, config.neighbours)}
-    results["real data"] |= {"evaluations": 0, "seconds": 0}
+    results["real data"] |= {"evaluations": 0, "reflow": 0, "seconds": 0}
     aim, strips = teacher_pictures(networks["1-RF"][1], config, images.shape[1:], device), {}
     strips["1-RF, 20 evaluations"] = aim[:16]
     starts = {"consistency": karras_times(2)[-1].item(), "ict": karras_times(2)[-1].item()}
@@ -1858,7 +1864,8 @@ def report(networks, images, features, label, config, device, folder):
         ready = {n: Velocity(flow, config) for n, flow in by_steps.items()}
         row, pictures = evaluate(ready, real, held_out, features, config, images.shape[1:], device,
                                  starts.get(name, 0.0), aim)
-        results[name] = row | {"evaluations": spent(name, config), "seconds": seconds_of(name, folder)}
+        row["evaluations"], row["reflow"] = spent(name, config)
+        results[name] = row | {"seconds": seconds_of(name, folder)}
         strips |= {f"{name}, {n} step{'s' * (n > 1)}": pictures[n] for n in pictures if n == 1 or name != "2-RF"}
     save_json(folder / "results.json", {"distance": label, "samples": config.eval_size, "neighbours": config.neighbours,
                                         "lpips": config.lpips_weights, "methods": results})
@@ -1877,20 +1884,19 @@ def teacher_pictures(flow, config, shape, device):
 
 
 def spent(name, config):
-    """Network evaluations spent after 1-RF, pairs included."""
-    pairs = (budget(config) - 3 * config.batch * (config.reflow_steps + config.distill_steps)) // 2
-    if name == "2-RF":
-        return pairs + 3 * config.batch * config.reflow_steps
-    steps = sum(n for _, n in halving_steps(config)) if name == "progressive" else 0
-    if name in ("progressive", "consistency", "ict"):
-        return COST[name] * config.batch * (steps or steps_for(name, config))
-    return budget(config) if name in COST else 0
+    """Network evaluations of a network after 1-RF: those of its method, and those of its reflow, pairs included."""
+    reflow = pair_cost(config) + 3 * config.batch * config.reflow_steps if name in ("2-RF", "rf") else 0
+    if name in ("rf", "direct"):
+        return budget(config), reflow
+    if name == "progressive":
+        return COST[name] * config.batch * sum(steps for _, steps in halving_steps(config)), reflow
+    return COST[name] * config.batch * steps_for(name, config) if name in COST else 0, reflow
 
 
 def seconds_of(name, folder):
     """Training seconds of a network by metrics.csv, all rounds of progressive together; pairs are not counted."""
     stages = {row["stage"] for row in csv.DictReader((folder / "metrics.csv").open())}
-    own = {"1-RF": ["1-rf"], "2-RF": ["2-rf"], "rf": ["2-rf", "rf"]}.get(name)
+    own = {"1-RF": ["1-rf"], "2-RF": ["2-rf"]}.get(name)
     own = own or [s for s in stages if s == name or s.startswith(f"{name}-")]
     return sum(train_seconds(folder / "metrics.csv", s) for s in own)
 

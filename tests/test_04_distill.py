@@ -255,7 +255,7 @@ def test_the_progressive_target_is_the_mean_of_two_velocities_at_the_right_times
 
 
 def test_the_rounds_of_halving_share_the_budget_and_the_last_two_get_double():
-    config = chapter.Config(halvings=5, reflow_steps=3000, distill_steps=3000)
+    config = chapter.Config(halvings=5, distill_steps=6000)
     rounds = chapter.halving_steps(config)
     assert [n for n, _ in rounds] == [16, 8, 4, 2, 1]
     one = rounds[0][1]
@@ -303,9 +303,11 @@ def test_consistency_training_at_the_exact_function_is_not_zero(monkeypatch, h, 
     """2 s^2 (1 - cos theta), theta the angle between (s t, 1 - t) at both ends; times 1 / (sigma_t - sigma_r)."""
     torch.manual_seed(0)
     times = torch.tensor([0.4 + h, 0.4], dtype=torch.float64)
-    monkeypatch.setattr(chapter, "ict_grid", lambda n, device: (times, torch.ones(1)))
+    monkeypatch.setattr(chapter, "karras_times", lambda n: times)
+    chapter.ict_grid.cache_clear()
     monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
     loss = chapter.consistency_training_loss(draw_gaussian, 400000, 10, (4, 8))(exact_student, None, 0)
+    chapter.ict_grid.cache_clear()
     weight = 1 / (0.6 / 0.4 - (0.6 - h) / (0.4 + h))
     assert loss.mean().item() == pytest.approx(expected * weight, rel=0.01)
 
@@ -315,7 +317,8 @@ def test_consistency_training_at_the_exact_function_is_not_zero(monkeypatch, h, 
 def test_consistency_training_asks_for_euler_steps_of_the_exact_velocity(monkeypatch, distance, i):
     """Any distance: on average over pairs the gradient vanishes at that student, and not beside it."""
     times = torch.linspace(1, 0.1, 9, dtype=torch.float64)
-    monkeypatch.setattr(chapter, "ict_grid", lambda n, device: (times, torch.eye(8)[i]))
+    weights = times[1:] * times[:-1] / (times[:-1] - times[1:])
+    monkeypatch.setattr(chapter, "ict_grid", lambda n, device: (times, torch.eye(8)[i], weights))
     if distance == "squared":
         monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
     torch.manual_seed(0)
@@ -347,17 +350,20 @@ def test_the_grid_is_the_published_one():
                                   abs=6e-6, rel=1e-5)
     assert times[0] == 1 and times[-1].item() == pytest.approx(1 / 81)
     assert (chapter.karras_times(1281).diff() < -3.8e-5).all()
-    t, r = times[1:], times[:-1]
-    weight = (t * r / (r - t)).tolist()
-    assert weight == pytest.approx([59.81, 14.627, 4.288, 1.5453, .6452, .3009, .1528, .0832, .0478, .0288], rel=2e-3)
+    chapter.ict_grid.cache_clear()
+    assert chapter.ict_grid(11)[2].tolist() == pytest.approx(
+        [59.81, 14.627, 4.288, 1.5453, .6452, .3009, .1528, .0832, .0478, .0288], rel=2e-3)
+    fine = chapter.karras_times(1281)
+    sigma = (1 - fine) / fine
+    assert torch.allclose(chapter.ict_grid(1281)[2].double(), 1 / sigma.diff(), rtol=1e-6)
 
 
 def test_the_chances_are_the_published_ones():
-    p = chapter.ict_weights(chapter.karras_times(11))
+    p = chapter.ict_chances(chapter.karras_times(11))
     assert p.sum().item() == pytest.approx(1) and p[:3].tolist() == pytest.approx([.0676, .1808, .2442], abs=1e-4)
     sigma = chapter.karras_times(11).clone()
     sigma[0] = 1 / 1.002                                    # the paper's own first level
-    assert chapter.ict_weights(sigma).tolist() == pytest.approx(
+    assert chapter.ict_chances(sigma).tolist() == pytest.approx(
         [.0626, .1817, .2455, .2135, .1425, .0806, .0411, .0196, .0089, .0040], abs=6e-5)
 
 
@@ -458,12 +464,12 @@ def test_every_method_costs_per_step_what_the_budget_counts():
 @pytest.mark.parametrize("solver, per_pair", [("euler", 8), ("heun", 16)])
 def test_the_budget_is_the_same_for_all_methods(solver, per_pair):
     config = chapter.Config(pairs=1000, pair_steps=8, pair_solver=solver, reflow_steps=700, distill_steps=500, batch=32)
-    total = chapter.budget(config)
-    assert total == 2 * 1000 * per_pair + 3 * 32 * 1200
-    assert chapter.spent("rf", config) == chapter.spent("direct", config) == total
+    total, reflow = 1000 * per_pair + 3 * 32 * 500, 1000 * per_pair + 3 * 32 * 700
+    assert chapter.budget(config) == total
+    assert chapter.spent("rf", config) == (total, reflow) and chapter.spent("direct", config) == (total, 0)
     for name in ("progressive", "consistency", "ict"):
-        assert chapter.spent(name, config) == pytest.approx(total, rel=0.01)
-    assert chapter.spent("2-RF", config) == 1000 * per_pair + 3 * 32 * 700 and chapter.spent("1-RF", config) == 0
+        assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), 0)
+    assert chapter.spent("2-RF", config) == (0, reflow) and chapter.spent("1-RF", config) == (0, 0)
 
 
 def brute_force(real, fake, k):
