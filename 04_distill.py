@@ -1708,7 +1708,7 @@ def print_table(results, label, config):
         cost, reflow, seconds = (f"{row[key]:,.0f}" if row[key] else "-" for key in ("evaluations", "reflow", "seconds"))
         print(f"{name:>16}{distances}{row['precision']:11.3f}{row['recall']:8.3f}{row['density']:9.3f}"
               f"{row['coverage']:10.3f}{gap:>12}{cost:>13}{reflow:>10}{seconds:>9}")
-    print("to teacher: mean square distance to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
+    print("to teacher: mean squared gap to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
           "the method, its pairs included; + reflow: before that, for 2-RF; "
           f"1-RF had cost {3 * config.batch * config.steps:,}")
     if config.lpips_weights == "random" and ("rf" in results or config.distance == "lpips"):
