@@ -1,10 +1,18 @@
-"""Shared by all tests: load a numbered script as a module, or run it as a user would."""
+"""Shared by all tests: load a numbered script as a module, or run it as a user would, whole, killed or twice over."""
 
+import contextlib
+import csv
 import importlib.util
+import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"        # figures without a screen, here and in the processes that tests start
@@ -34,3 +42,131 @@ def run_script(name, *args, cwd, env=None, timeout=600):
     command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs: the fixtures of a chapter's test file, and how to look at what a run left
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    """A run that came to its end: its folder, and what it printed."""
+
+    folder: Path
+    out: str
+
+
+def fixtures(name, tiny, figures, shorten=None):
+    """The fixtures of the tests that run the script `name`:  here, run, finished = fixtures(NAME, TINY, figures=...)
+
+    here: an empty working directory; runs inside this process draw no figures (functions of the script, by name).
+    run(*args, script=...): acts like the command line, in this process.  Returns exit code, stdout, stderr.
+    finished: a whole run with the flags `tiny` and its figures, once per test file.  Copy it before changing it.
+    shorten(patch): changes the script by a pytest.MonkeyPatch, for runs that would take too long as they are; then
+    `finished` is made inside this process too, by the real script otherwise.
+    """
+    chapter = load(name)
+
+    @pytest.fixture
+    def here(tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        if shorten:
+            shorten(monkeypatch)
+        for figure in figures:
+            monkeypatch.setattr(chapter, figure, lambda *arguments: None)
+        return tmp_path
+
+    @pytest.fixture
+    def run(here, monkeypatch, capsys):
+        def run(*args, script=chapter):
+            capsys.readouterr()
+            return call(script, *args, patch=monkeypatch), *capsys.readouterr()
+        return run
+
+    @pytest.fixture(scope="module")
+    def finished(tmp_path_factory):
+        cwd, out = tmp_path_factory.mktemp("finished"), io.StringIO()
+        if shorten:
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+                patch.chdir(cwd)
+                shorten(patch)
+                assert call(chapter, *tiny, patch=patch) == 0
+        else:
+            result = run_script(name, *tiny, cwd=cwd)
+            assert result.returncode == 0, result.stderr
+            out.write(result.stdout)
+        return Finished(cwd / "runs" / name / "quick", out.getvalue())
+
+    return here, run, finished
+
+
+def call(script, *args, patch):
+    """Act like the command line with a loaded script, in this process.  Returns the exit code."""
+    patch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+    try:
+        script.launch(script.main, script.Config)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def copy_run(finished, cwd, *without):
+    """The finished run, where a run in cwd would look for it, without some of its files."""
+    folder = cwd.joinpath(*finished.folder.parts[-3:])      # runs/<script>/quick
+    shutil.copytree(finished.folder, folder)
+    for path in (folder / name for name in without):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def one_line(err, *words):
+    """The whole of standard error is one line of ours, which holds the words."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert str(word) in lines[0], err
+
+
+def weights(path):
+    """All numbers of a finished network in a row."""
+    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
+
+
+def same_weights(a, b, *names):
+    """The networks of these names are equal in both folders, bit for bit."""
+    assert names
+    return all(torch.equal(weights(a / f"{name}.pt"), weights(b / f"{name}.pt")) for name in names)
+
+
+def log_rows(folder, columns=2):
+    """The rows of metrics.csv below its head: stage and step (and loss, floor; the speed no two runs share)."""
+    return [tuple(row[:columns]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
+
+
+def driver(name, *changes):
+    """A program that makes these changes to the script `name`, as `chapter`, and then runs it as a user would.
+
+    For kills, full disks and several processes, which need processes of their own.
+    """
+    head = ["import functools, os, signal, sys, time", f"sys.path.insert(0, {str(ROOT / 'tests')!r})",
+            "from conftest import load", f"chapter = load({name!r})"]
+    return "\n".join([*head, *changes, "chapter.launch(chapter.main, chapter.Config)", ""])
+
+
+def kill_after_row(stage, step):
+    """Change for `driver`: kill -9 between a log row and the checkpoint of the same step."""
+    return f"""
+inner_log_line = chapter.log_line
+def log_line(path, stage, step, *rest):
+    inner_log_line(path, stage, step, *rest)
+    if (stage, step) == ({stage!r}, {step}):
+        os.kill(os.getpid(), signal.SIGKILL)
+chapter.log_line = log_line
+"""
+
+
+def torchrun(*command, cwd, processes=2):
+    """python -m torch.distributed.run: so many processes of a script on this machine, with one thread each."""
+    command = ["--standalone", f"--nproc-per-node={processes}", *map(str, command)]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
