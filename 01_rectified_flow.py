@@ -62,7 +62,7 @@ class Config:
     target: str = option("eight_gaussians", "data distribution", choices=(
         "eight_gaussians", "gaussian", "two_moons", "checkerboard", "spiral", "rings"))
     rounds: int = option(3, "rectified flows in a row: 1-RF, 2-RF, ...", low=1, high=10)
-    steps: int = option(3000, "training steps of a round", low=1)
+    steps: int = option(2000, "training steps of a round", low=1)
     batch: int = option(2048, "samples in a step, over all processes", low=1)
     pairs: int = option(65536, "pairs (z0, z1) made for a reflow round", low=1)
     pair_steps: int = option(32, "Heun steps that carry z0 to z1", low=1)
@@ -834,7 +834,7 @@ def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
-        tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
+        tqdm.write(f"{stage:>14}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
         try:
             with path.open("a", newline="") as file:
                 csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])

@@ -96,13 +96,13 @@ class Config:
     real_share: float = option(1.0, "share of G's batch that is real", low=0.0, high=1.0)
     invert_noise: float = option(0.05, "noise mixed in before inverting (the paper: 0.001)", low=0.0, high=0.5)
     real_steps: int = option(100, "training steps of G", low=1)
-    steps: int = option(2000, "training steps of the teacher", low=1)
-    reflow_steps: int = option(1000, "training steps of A to F", low=1)
+    steps: int = option(1200, "training steps of the teacher", low=1)
+    reflow_steps: int = option(900, "training steps of A to F", low=1)
     batch: int = option(32, "images in a step, over all processes", low=1)
     pairs: int = option(4096, "pairs (z0, z1) made by the teacher", low=1)
     pair_solver: str = option("heun", "edm: EDM's Heun sampler; the others follow the flow's own ODE",
                               choices=("edm", "euler", "heun", "rk45"))
-    pair_steps: int = option(8, "its steps (heun: two evaluations each; edm: one less in all)", low=1)
+    pair_steps: int = option(6, "its steps (heun: two evaluations each; edm: one less in all)", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     channels: int = option(32, "width of the U-Net's first level; a multiple of 32, or 4, 8, 16", low=4)
     mult: tuple = option((1, 1, 1), "width of each level, in multiples of channels", low=1)
@@ -1597,7 +1597,7 @@ def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
-        tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
+        tqdm.write(f"{stage:>14}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
         try:
             with path.open("a", newline="") as file:
                 csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])

@@ -1,0 +1,706 @@
+"""Chapter 4: the four losses on Gaussian data, where every answer is known; metrics; drawing, exporting; tiny runs.
+
+Data N(m, s^2) in one dimension, noise N(0, 1): the velocity, the flow's map and the best any discretised student can
+do are closed forms.  What is copied has tests in its home's file.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import (copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights, torchrun)
+from PIL import Image
+from torch import nn
+
+NAME = "04_distill"
+chapter = load(NAME)
+TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --distill-steps 4 --pairs 16 --shard 8 --eval-size 24 "
+        "--pair-steps 2 --channels 4 --image-size 8 --mult 1 1 --attention 4 --batch 4 --levels 4 8 --halvings 2 "
+        "--neighbours 3 --log-every 2 --checkpoint-every 2 --device cpu").split()
+STUDENTS = ["direct", "rf", "progressive-2", "progressive-1", "consistency", "ict"]
+here, run, finished = fixtures(NAME, TINY, figures=("draw_samples", "draw_quality"))
+
+M, S = 0.7, 0.5                                             # data N(M, S^2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Gaussian world
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def spread(t):
+    """Standard deviation of x_t."""
+    return ((t * S) ** 2 + (1 - t) ** 2) ** 0.5
+
+
+def exact_velocity(x, t, labels=None):
+    """v* = M + a(t) (x - t M)."""
+    t = t.reshape(-1, 1)
+    return M + (t * S ** 2 - (1 - t)) / spread(t) ** 2 * (x - t * M)
+
+
+def exact_map(x, t):
+    """Where the flow carries x from time t: M + (S / q_t) (x - t M)."""
+    t = t.reshape(-1, 1)
+    return M + S / spread(t) * (x - t * M)
+
+
+def exact_student(x, t, labels=None):
+    """The velocity whose jump is exact_map."""
+    return (exact_map(x, t) - x) / (1 - t.reshape(-1, 1)).clamp(min=1e-12)
+
+
+def draw_gaussian(n):
+    """Noise and data drawn apart, float64, no labels."""
+    return torch.randn(n, 1, dtype=torch.float64), M + S * torch.randn(n, 1, dtype=torch.float64), None
+
+
+def gain(times):
+    """What is left of the noise's size when exact velocities are followed by Euler steps over increasing times."""
+    a = [(t * S ** 2 - (1 - t)) / spread(t) ** 2 for t in times]
+    return math.prod(1 + (r - t) * slope for t, r, slope in zip(times, times[1:], a))
+
+
+class PerTime(nn.Module):
+    """A student that is linear in x with weights of its own at every time of a grid: nothing holds it back."""
+
+    def __init__(self, times, start=exact_velocity):
+        super().__init__()
+        self.register_buffer("times", times.double())
+        zero, one = (start(torch.full((len(times), 1), x, dtype=torch.float64), self.times) for x in (0.0, 1.0))
+        self.offset, self.slope = nn.Parameter(zero[:, 0]), nn.Parameter((one - zero)[:, 0])
+
+    def forward(self, x, t, labels=None):
+        i = (self.times[None] - t[:, None]).abs().argmin(1)
+        return self.offset[i, None] + self.slope[i, None] * x
+
+
+def follower(times, step_gain):
+    """The student whose jump from times[i] is what steps over the grid make of x; times fall from 1.
+
+    step_gain(t, r): what one step leaves of x - t M.
+    """
+    gains = list(itertools.accumulate((step_gain(t, r) for r, t in zip(times.tolist(), times.tolist()[1:])),
+                                      float.__mul__, initial=1.0))
+    gains = torch.tensor(gains, dtype=torch.float64)[:, None]
+
+    def velocity(x, t):
+        t = t[:, None]
+        return (M + gains * (x - t * M) - x) / (1 - t).clamp(min=1e-12)
+    return PerTime(times, velocity)
+
+
+def euler_gain(t, r):
+    """One Euler step with the exact velocity."""
+    return gain([t, r])
+
+
+def heun_gain(t, r):
+    """One Heun step with the exact velocity."""
+    a, b = ((s * S ** 2 - (1 - s)) / spread(s) ** 2 for s in (t, r))
+    return 1 + (r - t) / 2 * (a + b * (1 + (r - t) * a))
+
+
+def teach(student, loss_fn, steps=600, lr=0.02):
+    """The chapter's own loop on the student, whose last weights end up in place (the rate ends at 0)."""
+    config = chapter.Config(steps=steps, lr=lr, warmup=0, grad_clip=1e9, batch=1)
+    for _ in chapter.train(student, loss_fn, config):
+        pass
+    return student
+
+
+def jump_gain(velocity, start=0.0):
+    """d jump / d z at the noise end, where x = (1 - start) z."""
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64) * (1 - start)
+    zero, one = chapter.jump(velocity, x, torch.full((2,), start, dtype=torch.float64)).detach().flatten().tolist()
+    return one - zero
+
+
+def test_the_jump_is_the_identity_at_the_data_for_any_network():
+    x = torch.randn(5, 3, 4, 4)
+    assert torch.equal(chapter.jump(lambda x, t: 1e6 * x.sin(), x, torch.ones(5)), x)
+    flow = chapter.Flow(chapter.Config(image_size=4, channels=4, mult=(1,), attention=(4,)), 3, 0)
+    assert torch.equal(chapter.jump(flow, x, torch.ones(5)), x)
+
+
+def test_the_exact_map_is_constant_along_the_flow_and_jump_finds_it():
+    t, z0 = torch.linspace(0, 0.99, 50, dtype=torch.float64), 1.3
+    zt = (t * M + spread(t) * z0)[:, None]
+    ends = chapter.jump(exact_student, zt, t)
+    assert (ends - (M + S * z0)).abs().max() < 1e-12
+
+
+def test_euler_in_t_is_euler_in_the_noise_level():
+    """x_t = t y: y' = y + (sigma' - sigma) (y - D) / sigma, with D = x_t + (1 - t) v, ends at the same point."""
+    x, t, r = torch.randn(6, 1).double(), *(torch.full((6,), time, dtype=torch.float64) for time in (0.3, 0.55))
+    sigma, after = (1 - 0.3) / 0.3, (1 - 0.55) / 0.55
+    y, denoised = x / 0.3, x + 0.7 * exact_velocity(x, t)
+    expected = 0.55 * (y + (after - sigma) * (y - denoised) / sigma)
+    assert (chapter.move(exact_velocity, x, t, r) - expected).abs().max() < 1e-13
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    def error(h, heun):
+        t = torch.full((1,), 0.4, dtype=torch.float64)
+        x = torch.ones(1, 1, dtype=torch.float64)
+        exact = (0.4 + h) * M + spread(0.4 + h) / spread(0.4) * (x - 0.4 * M)
+        return (chapter.move(exact_velocity, x, t, t + h, heun) - exact).abs().item()
+    assert error(0.02, False) / error(0.01, False) == pytest.approx(4, rel=0.1)
+    assert error(0.02, True) / error(0.01, True) == pytest.approx(8, rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rf
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def squared(a, b, step):
+    return (a - b).square().flatten(1).mean(1)
+
+
+class Spy(nn.Module):
+    """Remembers what the network was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, labels=None):
+        self.x, self.t = x, t
+        return self.scale * x
+
+
+def test_one_step_distillation_sees_the_noise_alone_at_exactly_time_zero():
+    """With t = 0.001, as in the original code, the input would move by 0.1 % of the target."""
+    z0, spy = torch.randn(16, 3, 4, 4), Spy()
+    for z1 in (torch.randn(16, 3, 4, 4), torch.full((16, 3, 4, 4), 1e6)):
+        chapter.distillation_loss(lambda n: (z0, z1, None), squared, 16)(spy, None, 0)
+        assert torch.equal(spy.x, z0) and torch.equal(spy.t, torch.zeros(16))
+
+
+def test_the_best_one_step_student_is_the_teachers_map():
+    def draw(n):
+        z0 = torch.randn(n, 1, dtype=torch.float64)
+        return z0, M + S * z0, None                         # the flow's own pairs
+    student = PerTime(torch.zeros(1), start=lambda x, t: 0 * x)
+    teach(student, chapter.distillation_loss(draw, squared, 256))
+    assert jump_gain(student) == pytest.approx(S, abs=1e-4)
+    assert chapter.jump(student, torch.zeros(1, 1).double(), torch.zeros(1).double()).item() == pytest.approx(M, abs=1e-4)
+
+
+def test_shuffled_pairs_leave_nothing_but_the_mean():
+    student = PerTime(torch.zeros(1), start=lambda x, t: 0 * x)
+    teach(student, chapter.distillation_loss(draw_gaussian, squared, 4096))
+    assert jump_gain(student) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_distillation_to_k_steps_asks_at_k_times_and_a_straight_flow_has_no_loss(k):
+    z0, seen = torch.randn(400, 2).double(), set()
+
+    def straight(x, t, labels=None):                        # z1 = 3 z0 + 1: v = 2 z0 + 1, z0 = (x - t) / (1 + 2 t)
+        seen.update(t.tolist())
+        return 2 * (x - t[:, None]) / (1 + 2 * t[:, None]) + 1
+    loss = chapter.distillation_loss(lambda n: (z0, 3 * z0 + 1, None), squared, 400, k)(straight, None, 0)
+    assert loss.max() < 1e-10
+    assert sorted(seen) == pytest.approx([i / k for i in range(k)])
+
+
+def test_squares_make_the_distillation_loss_that_of_the_velocity():
+    z0, z1 = torch.randn(2, 64, 3, 2, 2)
+    torch.manual_seed(3)
+    loss = chapter.distillation_loss(lambda n: (z0, z1, None), squared, 64, 4)(lambda x, t, labels: 0 * x, None, 0)
+    assert torch.allclose(loss, (z1 - z0).square().flatten(1).mean(1), rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progressive
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, expected", [(1, 0), (2, .2), (4, .340541), (8, .414785), (16, .455683), (64, .488555)])
+def test_the_gain_of_n_euler_steps_is_the_published_one(n, expected):
+    assert gain([i / n for i in range(n + 1)]) * 1.0 == pytest.approx(expected, abs=1e-6)
+
+
+def test_halving_an_exact_euler_teacher_keeps_its_end():
+    """8 -> 4 -> 2 -> 1: a student without limits ends where eight Euler steps end, gain 0.414785."""
+    flow = exact_velocity
+    for n in (4, 2, 1):
+        student = PerTime(torch.arange(n) / n, start=flow)
+        flow = teach(student, chapter.progressive_loss(draw_gaussian, flow, 64, n), steps=500).requires_grad_(False)
+        x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        for i in range(n):
+            x = chapter.move(flow, x, *(torch.full((2,), j / n, dtype=torch.float64) for j in (i, i + 1)))
+        assert (x[1] - x[0]).item() == pytest.approx(0.414785, abs=2e-3)
+
+
+def test_the_progressive_target_is_the_mean_of_two_velocities_at_the_right_times():
+    asked = []
+
+    def teacher(x, t, labels=None):
+        asked.append(t.clone())
+        return (t + 1)[:, None] * torch.ones_like(x)
+    x0 = torch.zeros(64, 1)
+    loss_fn = chapter.progressive_loss(lambda n: (x0, x0, None), teacher, 64, 4)
+    loss = loss_fn(lambda x, t, labels: (t + 1 + 0.5 / 4 / 2)[:, None] + 1, None, 0)       # mean velocity, and 1 too much
+    t, half = asked
+    assert set(t.tolist()) == {0, .25, .5, .75} and torch.allclose(half, t + 0.125)
+    assert torch.allclose(loss, torch.maximum(t, 1 - t) ** 2, atol=1e-6)                # the weight alone is left
+
+
+def test_the_rounds_of_halving_share_the_budget_and_the_last_two_get_double():
+    config = chapter.Config(halvings=5, distill_steps=6000)
+    rounds = chapter.halving_steps(config)
+    assert [n for n, _ in rounds] == [16, 8, 4, 2, 1]
+    one = rounds[0][1]
+    assert [steps for _, steps in rounds] == pytest.approx([one, one, one, 2 * one, 2 * one], abs=1)
+    assert sum(steps for _, steps in rounds) == pytest.approx(chapter.steps_for("progressive", config), abs=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# consistency and ict
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("h, expected, tolerance", [(0.1, 3.99e-7, 0.03), (0.05, 4.9e-9, 0.03), (0.025, 6.7e-11, 0.03)])
+def test_consistency_distillation_at_the_exact_function_has_heuns_error_alone(h, expected, tolerance):
+    torch.manual_seed(0)
+    times = torch.tensor([0.4 + h, 0.4], dtype=torch.float64)
+    loss = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 100000)(
+        exact_student, None, 0)
+    assert loss.mean().item() == pytest.approx(expected, rel=tolerance)
+
+
+def test_consistency_distillation_is_zero_at_the_exact_function_with_an_exact_ode_step(monkeypatch):
+    def exact_move(velocity, x, t, s, heun=False):
+        return s[:, None] * M + (spread(s) / spread(t))[:, None] * (x - t[:, None] * M)
+    monkeypatch.setattr(chapter, "move", exact_move)
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)
+    loss = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 1000)(exact_student, None, 0)
+    assert loss.max() < 1e-25
+
+
+def test_consistency_distillation_asks_for_heuns_map():
+    """Eight uniform Heun steps carry 0.502441 of the noise; Euler's 0.414785 would be too little spread."""
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)
+    losses = {}
+    for name, step_gain in (("heun", heun_gain), ("euler", euler_gain)):
+        student = follower(times, step_gain)
+        loss_fn = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 2000)
+        losses[name] = loss_fn(student, None, 0).mean().item()
+        assert jump_gain(student) == pytest.approx({"heun": .502441, "euler": .414785}[name], abs=1e-6)
+    assert losses["heun"] < 1e-25 and losses["euler"] > 1e-5
+
+
+@pytest.mark.parametrize("h, expected", [(0.1, .005025), (0.05, .001107)])
+def test_consistency_training_at_the_exact_function_is_not_zero(monkeypatch, h, expected):
+    """2 s^2 (1 - cos theta), theta the angle between (s t, 1 - t) at both ends; times 1 / (sigma_t - sigma_r)."""
+    torch.manual_seed(0)
+    times = torch.tensor([0.4 + h, 0.4], dtype=torch.float64)
+    monkeypatch.setattr(chapter, "karras_times", lambda n: times)
+    chapter.ict_grid.cache_clear()
+    monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
+    loss = chapter.consistency_training_loss(draw_gaussian, 400000, 10, (4, 8))(exact_student, None, 0)
+    chapter.ict_grid.cache_clear()
+    weight = 1 / (0.6 / 0.4 - (0.6 - h) / (0.4 + h))
+    assert loss.mean().item() == pytest.approx(expected * weight, rel=0.01)
+
+
+@pytest.mark.parametrize("distance", ["squared", "huber"])
+@pytest.mark.parametrize("i", [0, 3, 7])
+def test_consistency_training_asks_for_euler_steps_of_the_exact_velocity(monkeypatch, distance, i):
+    """Any distance: on average over pairs the gradient vanishes at that student, and not beside it."""
+    times = torch.linspace(1, 0.1, 9, dtype=torch.float64)
+    weights = times[1:] * times[:-1] / (times[:-1] - times[1:])
+    monkeypatch.setattr(chapter, "ict_grid", lambda n, device: (times, torch.eye(8)[i], weights))
+    if distance == "squared":
+        monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
+    torch.manual_seed(0)
+    raw = torch.randn(100000, 2, dtype=torch.float64)
+    white = torch.linalg.qr(raw - raw.mean(0))[0] * 100000 ** 0.5      # moments up to the second are exact
+    draw = partial(lambda x0, x1, n: (x0, x1, None), white[:, :1], M + S * white[:, 1:])
+
+    def gradient(change):
+        student = follower(times, euler_gain)
+        with torch.no_grad():
+            student.slope[i + 1] += change
+        chapter.consistency_training_loss(draw, 100000, 10, (8, 8))(student, None, 0).mean().backward()
+        return student.slope.grad[i + 1].abs().item()
+    assert gradient(0.0) < (1e-12 if distance == "squared" else 0.1 * gradient(0.1))
+    assert gradient(0.1) > 1e-3
+
+
+def test_the_published_grid_gives_the_published_spread():
+    """rho = 7, first level 0: Euler over the grid, and the 1/81 of signal that the start leaves out."""
+    for n, expected in ((11, .37633), (18, .42301), (41, .46569), (81, .48253), (161, .49118), (1281, .49888)):
+        times = chapter.karras_times(n).flip(0).tolist()
+        assert (1 - times[0]) * gain(times) == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_grid_is_the_published_one():
+    times = chapter.karras_times(11)
+    sigma = (1 / times - 1).tolist()
+    assert sigma == pytest.approx([0, .01672, .08509, .31828, .96542, 2.51522, 5.83895, 12.38158, 24.40834, 45.31373, 80],
+                                  abs=6e-6, rel=1e-5)
+    assert times[0] == 1 and times[-1].item() == pytest.approx(1 / 81)
+    assert (chapter.karras_times(1281).diff() < -3.8e-5).all()
+    chapter.ict_grid.cache_clear()
+    assert chapter.ict_grid(11)[2].tolist() == pytest.approx(
+        [59.81, 14.627, 4.288, 1.5453, .6452, .3009, .1528, .0832, .0478, .0288], rel=2e-3)
+    fine = chapter.karras_times(1281)
+    sigma = (1 - fine) / fine
+    assert torch.allclose(chapter.ict_grid(1281)[2].double(), 1 / sigma.diff(), rtol=1e-6)
+
+
+def test_the_chances_are_the_published_ones():
+    p = chapter.ict_chances(chapter.karras_times(11))
+    assert p.sum().item() == pytest.approx(1) and p[:3].tolist() == pytest.approx([.0676, .1808, .2442], abs=1e-4)
+    sigma = chapter.karras_times(11).clone()
+    sigma[0] = 1 / 1.002                                    # the paper's own first level
+    assert chapter.ict_chances(sigma).tolist() == pytest.approx(
+        [.0626, .1817, .2455, .2135, .1425, .0806, .0411, .0196, .0089, .0040], abs=6e-5)
+
+
+def test_the_number_of_levels_doubles_as_published():
+    levels = [chapter.ict_levels(50000 * i, 400000, 10, 1280) for i in range(9)]
+    assert levels == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
+    assert chapter.ict_levels(49999, 400000, 10, 1280) == 11
+    assert {chapter.ict_levels(k, 3, 10, 1280) for k in range(3)} <= {11, 21, 41}          # fewer steps than doublings
+
+
+def test_the_huber_constant_is_of_the_root_of_the_dimension():
+    def huber(norm):
+        return chapter.pseudo_huber(torch.full((1, 3, 32, 32), norm / 3072 ** 0.5).double(), torch.zeros(1, 3, 32, 32))
+    assert huber(0.0).item() == pytest.approx(0, abs=1e-12)
+    assert huber(1.0).item() == pytest.approx(.970518, abs=1e-6)
+    assert huber(.0299298).item() == pytest.approx(.012397, abs=1e-6)
+
+
+def test_both_ends_share_the_dropout_mask_and_only_the_noisy_one_learns():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.drop = nn.Parameter(torch.ones(())), nn.Dropout(0.5)
+
+        def forward(self, x, t):
+            return self.drop(self.weight * torch.ones_like(x))
+    network, x, t = Noisy(), torch.zeros(2, 1000), torch.tensor([0.5, 0.5])
+    masks = []
+    for step in range(2):
+        torch.manual_seed(step)
+        y, target = chapter.both_ends(network, x, t, x, t)
+        assert torch.equal(y, target) and y.requires_grad and not target.requires_grad
+        masks.append(y)
+    assert not torch.equal(*masks)
+
+
+def test_without_the_boundary_a_constant_would_satisfy_consistency(monkeypatch):
+    """With f = x + (1 - t) v it cannot: at r = 1 the target is the picture."""
+    times = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def constant(x, t, labels=None):
+        return torch.ones_like(x)
+    cd = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 100)
+    assert cd(constant, None, 0).mean() > 0.01
+    monkeypatch.setattr(chapter, "jump", lambda velocity, x, t: velocity(x, t))
+    assert cd(constant, None, 0).max() == 0
+
+
+def test_two_steps_of_consistency_sampling_have_the_predicted_spread():
+    """The first jump may lose spread (0.414785, or all); noise and the exact map at sigma = 0.821 restore it in part."""
+    for first, expected in ((.414785, .478445), (0.0, .427039), (S, S)):
+        def velocity(x, t):
+            ends = exact_map(x, t) if t[0] > 0.5 else M + first * x / (1 - 1 / 81)
+            return (ends - x) / (1 - t[:, None])
+        z = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64)
+        again = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
+        x = chapter.consistency_sample(velocity, z, (1 / 81, 1 / 1.821), [again]).flatten()
+        assert math.hypot(x[1] - x[0], x[2] - x[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sampling_wants_a_noise_for_every_time_but_the_first():
+    with pytest.raises(ValueError):
+        chapter.consistency_sample(exact_student, torch.zeros(1, 1), (0.1, 0.5))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Budgets and metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_costs_per_step_what_the_budget_counts():
+    """Forward 1, backward 2: a student's pass with gradient is 3, one without is 1, like each of the teacher's."""
+    calls = []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x, t, labels=None):
+            calls.append(3 if torch.is_grad_enabled() else 1)
+            return self.weight * x
+
+    def teacher(x, t, labels=None):
+        calls.append(1)
+        return x
+    times = torch.linspace(1, 0, 5, dtype=torch.float64)
+    losses = {"rf": chapter.distillation_loss(draw_gaussian, squared, 2),
+              "progressive": chapter.progressive_loss(draw_gaussian, teacher, 2, 4),
+              "consistency": chapter.consistency_distillation_loss(draw_gaussian, teacher, times, squared, 2),
+              "ict": chapter.consistency_training_loss(draw_gaussian, 2, 10, (4, 8))}
+    for name, loss_fn in losses.items():
+        calls.clear()
+        loss_fn(Counting(), None, 0).sum().backward()
+        assert sum(calls) == chapter.COST[name], name
+
+
+@pytest.mark.parametrize("solver, per_pair", [("euler", 8), ("heun", 16)])
+def test_the_budget_is_the_same_for_all_methods(solver, per_pair):
+    config = chapter.Config(pairs=1000, pair_steps=8, pair_solver=solver, reflow_steps=700, distill_steps=500, batch=32)
+    total, reflow = 1000 * per_pair + 3 * 32 * 500, 1000 * per_pair + 3 * 32 * 700
+    assert chapter.budget(config) == total
+    assert chapter.spent("rf", config) == (total, reflow) and chapter.spent("direct", config) == (total, 0)
+    for name in ("progressive", "consistency", "ict"):
+        assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), 0)
+    assert chapter.spent("2-RF", config) == (0, reflow) and chapter.spent("1-RF", config) == (0, 0)
+
+
+def brute_force(real, fake, k):
+    """The four definitions, one distance at a time."""
+    def reach(points, i):
+        return sorted(math.dist(points[i], p) for j, p in enumerate(points) if j != i)[k - 1]
+    radius, other = [reach(real, i) for i in range(len(real))], [reach(fake, j) for j in range(len(fake))]
+    inside = [[math.dist(x, y) < radius[i] for y in fake] for i, x in enumerate(real)]
+    return {"precision": sum(any(row[j] for row in inside) for j in range(len(fake))) / len(fake),
+            "recall": sum(any(math.dist(x, y) < other[j] for j, y in enumerate(fake)) for x in real) / len(real),
+            "density": sum(map(sum, inside)) / k / len(fake), "coverage": sum(map(any, inside)) / len(real)}
+
+
+@pytest.mark.parametrize("k, fakes", [(1, 40), (3, 40), (5, 25)])
+def test_manifold_metrics_follow_their_definitions(k, fakes):
+    torch.manual_seed(k)
+    real, fake = torch.randn(40, 3), 0.8 * torch.randn(fakes, 3) + 0.3
+    found = chapter.manifold_metrics(real, fake, k)
+    assert found == pytest.approx(brute_force(real.tolist(), fake.tolist(), k), abs=1e-12)
+
+
+def test_manifold_metrics_of_equal_laws_have_the_expected_values():
+    torch.manual_seed(0)
+    found = chapter.manifold_metrics(torch.randn(2500, 8), torch.randn(2500, 8), 5)        # more than one chunk of 1000
+    assert found["density"] == pytest.approx(1, abs=0.06)
+    assert found["coverage"] == pytest.approx(1 - math.prod((2499 - j) / (4999 - j) for j in range(5)), abs=0.02)
+
+
+def test_each_manifold_metric_sees_its_own_fault():
+    torch.manual_seed(0)
+    centres = 8 * torch.randn(10, 16)
+
+    def mixture(n, modes=10, scale=1.0):
+        return centres[torch.randint(modes, (n,))] + scale * torch.randn(n, 16)
+    real = mixture(1000)
+    halved = chapter.manifold_metrics(real, mixture(1000, modes=5))
+    assert halved["recall"] < 0.6 and halved["coverage"] < 0.6 and halved["precision"] > 0.7       # modes are missing
+    narrow = chapter.manifold_metrics(real, mixture(1000, scale=0.5))
+    assert narrow["recall"] < 0.2 and narrow["density"] > 2 and narrow["coverage"] > 0.95          # spread is missing
+
+
+def test_too_few_points_for_the_neighbours_are_refused():
+    with pytest.raises(ValueError, match="5 neighbours need more than 5 points"):
+        chapter.manifold_metrics(torch.randn(5, 2), torch.randn(9, 2), 5)
+
+
+def test_lpips_takes_over_from_squares_at_the_switch():
+    config = chapter.Config(lpips_net="squeeze", lpips_size=32)
+    a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    distance = chapter.make_distance("lpips", config, torch.device("cpu"), switch=3)
+    assert torch.equal(distance(a, b, 2), squared(a, b, 2))
+    expected = chapter.Perceptual("squeeze", 32, "random")(a, b)
+    assert torch.allclose(distance(a, b, 3), expected) and not torch.allclose(expected, squared(a, b, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {"config.json", "metrics.csv", "checkpoint.pt", "pairs", "results.json", "methods.png", "quality.png",
+                     "1-rf.pt", "2-rf.pt", *(f"{name}.pt" for name in STUDENTS)}
+    results = json.loads((finished.folder / "results.json").read_text())["methods"]
+    assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf", "progressive", "consistency", "ict"]
+    for name, row in results.items():
+        assert f"\n{name:>16}" in finished.out
+        assert all(math.isfinite(row[key]) for key in ("precision", "recall", "density", "coverage", "evaluations"))
+        assert all(map(math.isfinite, row["FD"].values())) and (name == "real data" or set(row["FD"]) == {"1", "2"})
+    assert "dry run" in finished.out
+
+
+def test_a_finished_run_is_only_measured_again(finished, here, run):
+    folder = copy_run(finished, here)
+    before = log_rows(folder)
+    code, out, err = run(*TINY)
+    assert code == 0 and log_rows(folder) == before and "step" not in out.split("\n\n")[0], err
+
+
+@pytest.mark.parametrize("method", ["rf", "progressive", "consistency", "ict"])
+def test_each_method_alone_gives_the_same_network_as_all_together(finished, here, run, method):
+    code, _, err = run(*TINY, "--method", method, "--teacher", finished.folder / "1-rf.pt")
+    assert code == 0, err
+    made = {path.stem for path in (here / "runs" / NAME / "quick").glob("*.pt")} - {"1-rf", "checkpoint"}
+    wanted = {"rf": {"2-rf", "direct", "rf"}, "progressive": {"progressive-1", "progressive-2"}}.get(method, {method})
+    assert made == wanted
+    assert same_weights(finished.folder, here / "runs" / NAME / "quick", *sorted(wanted))
+
+
+def test_a_given_reflow_is_used(finished, here, run):
+    teacher, reflow = finished.folder / "1-rf.pt", finished.folder / "2-rf.pt"
+    code, _, err = run(*TINY, "--method", "rf", "--teacher", teacher, "--reflow", reflow)
+    folder = here / "runs" / NAME / "quick"
+    assert code == 0 and same_weights(finished.folder, folder, "2-rf", "rf"), err
+    assert {stage for stage, _ in log_rows(folder)} == {"direct", "rf"}
+
+
+@pytest.mark.parametrize("stage, step", [("direct", 2), ("progressive-1", 2), ("consistency", 4), ("ict", 4)])
+def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(finished, here, run, stage, step):
+    order = ["1-rf", "2-rf", *STUDENTS]
+    later = [f"{name}.pt" for name in order[order.index(stage):]]
+    folder = copy_run(finished, here, *later, "results.json", "checkpoint.pt")
+    code = driver(NAME, kill_after_row(stage, step))
+    process = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -9, process.stderr
+    code, _, err = run(*TINY)
+    assert code == 0, err
+    assert same_weights(finished.folder, folder, *order)
+
+
+def test_two_processes_share_the_work(here):
+    result = torchrun(chapter.__file__, *TINY, cwd=here)
+    assert result.returncode == 0, result.stderr
+    folder = here / "runs" / NAME / "quick"
+    assert {f"{name}.pt" for name in STUDENTS} <= {path.name for path in folder.glob("*.pt")}
+    rows = log_rows(folder)
+    assert len(rows) == len(set(rows))                      # rank 0 alone writes
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--method best", ["--method", "invalid choice"]),
+    ("--levels 10", ["--levels 10", "first and the last"]),
+    ("--levels 20 10", ["--levels 20 10"]),
+    ("--middle 1", ["--middle 1.0", "between 0 and 1"]),
+    ("--neighbours 12", ["--neighbours 12", "--eval-size"]),
+    ("--samples 4", ["--checkpoint"]),
+    ("--export a.pt2", ["--checkpoint"]),
+    ("--checkpoint none.pt --samples 2 --out a", ["no checkpoint none.pt"]),
+    ("--checkpoint none.pt", ["--samples N", "--export FILE"]),
+    ("--checkpoint none.pt --samples 2", ["--out FOLDER"]),
+    ("--teacher none.pt", ["no checkpoint none.pt"]),
+    ("--reflow none.pt", ["no checkpoint none.pt"]),
+    ("--halvings 0", ["--halvings 0 is outside"]),
+    ("--distance l7", ["--distance"]),
+    ("--lpips-weights none.pth", ["--lpips-weights none.pth"]),
+    ("--jumps 0", ["--jumps 0 is outside"]),
+])
+def test_a_wrong_setting_is_one_line_and_leaves_nothing(here, run, flags, words):
+    code, _, err = run(*TINY, *flags.split())
+    assert code == 2
+    one_line(err, *words)
+    assert not (here / "runs" / NAME).exists()
+
+
+def test_a_teacher_of_another_size_is_one_line(finished, here, run):
+    code, _, err = run(*TINY, "--channels", "8", "--teacher", finished.folder / "1-rf.pt")
+    assert code == 2
+    one_line(err, "--channels 4", "this run has 8")
+
+
+def test_other_settings_do_not_continue_a_run(finished, here, run):
+    copy_run(finished, here)
+    code, _, err = run(*TINY, "--student-lr", "0.1")
+    assert code == 2
+    one_line(err, "student_lr=0.003 (now 0.1)", "--fresh")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing and exporting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pictures(folder):
+    return [Image.open(path).tobytes() for path in sorted(folder.glob("0*.png"))]
+
+
+@pytest.mark.parametrize("name", ["1-rf", "rf", "progressive-1", "consistency", "ict"])
+def test_pictures_are_those_of_the_network_in_the_file(finished, here, run, name):
+    code, out, err = run("--checkpoint", finished.folder / f"{name}.pt", "--samples", 5, "--out", "drawn", "--shard", 2,
+                         "--device", "cpu")
+    assert code == 0 and "5 pictures" in out, err
+    assert {path.name for path in (here / "drawn").iterdir()} == {"samples.png", *(f"{i:05d}.png" for i in range(5))}
+    flow, start = chapter.open_network(finished.folder / f"{name}.pt", "cpu")
+    assert start == (pytest.approx(1 / 81) if name in ("consistency", "ict") else 0)
+    index = torch.arange(5)
+    z0 = chapter.pair_noise(chapter.seed_for(0, 999), index, (3, 8, 8))
+    t = torch.full((5,), start)
+    expected = chapter.jump(partial(flow, labels=index % 4), (1 - start) * z0, t)
+    expected = chapter.to_bytes(expected).permute(0, 2, 3, 1).numpy()
+    assert pictures(here / "drawn") == [row.tobytes() for row in expected]
+
+
+@pytest.mark.parametrize("script", ["02_reflow", "03_improved_training"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_networks_of_chapters_2_and_3_can_be_drawn_from(here, run, script, classes):
+    other = load(script)
+    config = other.Config(image_size=8, channels=4, mult=(1, 1), attention=(4,), conditional=classes > 0)
+    flow = other.Flow(config, 3, classes)
+    other.save_checkpoint(here / "net.pt", config=vars(config), model=flow.state_dict())
+    code, _, err = run("--checkpoint", "net.pt", "--samples", 3, "--out", "drawn", "--export", "net.pt2", "--device", "cpu")
+    assert code == 0 and len(pictures(here / "drawn")) == 3, err
+    z0 = torch.randn(3, 3, 8, 8)
+    program = torch.export.load("net.pt2").module()
+    labels = (torch.arange(3),) if classes else ()
+    expected = (z0 + flow.eval()(z0, torch.zeros(3), *labels)).clamp(-1, 1)
+    assert torch.allclose(program(z0, *labels), expected, atol=1e-6)
+
+
+LOAD_ALONE = """
+import sys, torch
+program, z0 = torch.export.load("rf.pt2").module(), torch.load("z0.pt")
+torch.save({n: program(z0[:n], torch.arange(n) % 4) for n in (1, 2, 7)}, "images.pt")
+assert not any("distill" in name for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", ["rf", "ict"])
+def test_the_exported_generator_draws_the_same_without_the_repository(finished, here, run, name):
+    code, out, err = run("--checkpoint", finished.folder / f"{name}.pt", "--export", "rf.pt2", "--device", "cpu")
+    assert code == 0 and "torch.export.load" in out, err
+    z0 = torch.randn(7, 3, 8, 8)
+    torch.save(z0, here / "z0.pt")
+    process = subprocess.run([sys.executable, "-c", LOAD_ALONE], cwd=here, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    flow, start = chapter.open_network(finished.folder / f"{name}.pt", "cpu")
+    expected = chapter.Generator(flow, start)(z0, torch.arange(7) % 4)
+    for n, images in torch.load(here / "images.pt").items():
+        assert torch.allclose(images, expected[:n], atol=1e-6)
+    assert len(set(expected.flatten().tolist())) > 9 and expected.abs().max() <= 1
+
+
+def test_a_file_that_is_no_network_is_one_line(finished, here, run):
+    torch.save({"config": {"image_size": 8}, "model": {"a": torch.zeros(2)}}, "odd.pt")
+    for file, words in (("odd.pt", ["odd.pt is no network"]), (finished.folder / "config.json", ["no checkpoint"])):
+        code, _, err = run("--checkpoint", file, "--samples", 2, "--out", "drawn", "--device", "cpu")
+        assert code == 2 and not (here / "drawn").exists()
+        one_line(err, *words)
+
+
+def test_the_commands_of_the_docstring_have_flags_that_exist():
+    fields = {f"--{name.replace('_', '-')}" for name in vars(chapter.Config())}
+    words = [word for line in chapter.__doc__.splitlines() if "python 04" in line for word in line.split()]
+    assert {word for word in words if word.startswith("--")} <= fields
