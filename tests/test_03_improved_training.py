@@ -1229,6 +1229,18 @@ def test_without_labels_by_edms_sampler_with_larger_batches(run, here, monkeypat
     assert not any("map_label" in name for name in torch.load(here / "run" / "G-0.pt", weights_only=True)["model"])
 
 
+def test_a_handful_of_pictures_and_samples_still_makes_figures(run, here, monkeypatch):
+    """Fewer than a strip is long by default: all strips of a figure are as long as there is something to show."""
+    (here / "photos" / "greys").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i,) * 3).save(here / "photos" / "greys" / f"{i}.png")
+    figures = []
+    monkeypatch.setattr(chapter, "draw_samples", lambda strips, *rest: figures.append(list(map(len, strips.values()))))
+    code, _, err = run(*TINY, "--configs", "A", "--data", "photos", "--eval-size", 3, "--out", "run")
+    assert code == 0, err
+    assert sorted(set(map(tuple, map(set, figures)))) == [(3,), (4,)]
+
+
 def test_pairs_are_made_by_the_solver_that_is_asked_for(finished, run, here):
     edm = chapter.sample(*asked(finished, "edm", 3))
     heun = chapter.sample(*asked(finished, "heun", 3))
