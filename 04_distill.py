@@ -103,6 +103,8 @@ class Config:
     halvings: int = option(4, "rounds of progressive distillation: 2^halvings Euler steps become 1", low=1, high=12)
     grid: int = option(18, "noise levels of consistency distillation", low=3, high=2000)
     distance: str = option("huber", "distance in consistency distillation", choices=("squared", "huber", "lpips"))
+    target: str = option("student", "weights of the consistency target: the student's own, or their average",
+                         choices=("student", "ema"))
     levels: tuple = option((10, 80), "noise levels of ict: first and last, doubled in between [SD24: 10 1280]", low=2)
     middle: float = option(0.549, "t at which two-step sampling adds noise again (sigma 0.821 [SD24])", low=0.0, high=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
@@ -191,10 +193,12 @@ def distillation_loss(draw, distance, batch, jumps=1):
 
 
 def progressive_loss(draw, teacher, batch, steps):
-    """progressive: one step of the student, of 1/steps, is to end where two of the teacher end [SH22 algorithm 2].
+    """progressive: one step of the student, of 1/N, is to end where two of the teacher end [SH22 algorithm 2].
 
-        target (x_s - x_t) / (s - t),  x_s = two Euler steps from t to s = t + 1/N,  t in {0, 1/N, ..., (N-1)/N}
-    which is the mean of the teacher's two velocities.  The paper's max(SNR, 1) on pictures is max(t, 1 - t)^2 here.
+    From t in {0, 1/N, ..., (N-1)/N} two Euler (DDIM) steps of the teacher lead to x_s, s = t + 1/N.  One step of the
+    student ends at x_t + (s - t) v, so v is to be (x_s - x_t) / (s - t), the mean of the teacher's two velocities.
+    The paper regresses the picture x_t + (1 - t) v with weight max(SNR, 1), SNR = t^2 / (1 - t)^2; errors there are
+    1 - t times those of v, which makes max(t, 1 - t)^2 on velocities.  steps: N, the student's.
     """
     def loss_fn(model, ema, step):
         x0, x1, labels = draw(batch)
@@ -207,11 +211,11 @@ def progressive_loss(draw, teacher, batch, steps):
     return loss_fn
 
 
-def consistency_distillation_loss(draw, teacher, times, distance, batch):
+def consistency_distillation_loss(draw, teacher, times, distance, batch, averaged=False):
     """consistency: D(f(x_t, t), f^-(x_r, r)), t < r neighbours, x_r the teacher's Heun step from x_t [Song+23 eq. 7].
 
-    times: from 1 (data) down to the noise, as karras_times makes them.  f^- is f without gradient: the papers' EMA of
-    the target is 0 on CIFAR-10.  At r = 1 the target is x_r itself: that end pins all the others.
+    times: from 1 (data) down to the noise, as karras_times makes them.  f^- is f without gradient, by the student's own
+    weights as on CIFAR-10 or, if averaged, by their EMA.  At r = 1 it is x_r itself: that end pins all the others.
     """
     def loss_fn(model, ema, step):
         x0, x1, labels = draw(batch)
@@ -219,7 +223,8 @@ def consistency_distillation_loss(draw, teacher, times, distance, batch):
         r, t = times[i], times[i + 1]
         xt = interpolate(x0, x1, t)
         xr = move(partial(teacher, labels=labels), xt, t, r, heun=True)
-        return distance(*both_ends(partial(model, labels=labels), xt, t, xr, r), step)
+        target = partial(ema.model if averaged else model, labels=labels)
+        return distance(*both_ends(partial(model, labels=labels), xt, t, target, xr, r), step)
     return loss_fn
 
 
@@ -234,19 +239,19 @@ def consistency_training_loss(draw, batch, steps, levels, device=None):
         times, chances, weights = ict_grid(ict_levels(step, steps, *levels), device)
         i = torch.multinomial(chances, batch, replacement=True)
         r, t = times[i], times[i + 1]
-        y, target = both_ends(partial(model, labels=labels), interpolate(x0, x1, t), t, interpolate(x0, x1, r), r)
-        return weights[i] * pseudo_huber(y, target)
+        flow = partial(model, labels=labels)
+        return weights[i] * pseudo_huber(*both_ends(flow, interpolate(x0, x1, t), t, flow, interpolate(x0, x1, r), r))
     return loss_fn
 
 
-def both_ends(velocity, xt, t, xr, r):
-    """f(x_t, t) with gradient and f(x_r, r) without, under the same dropout mask [Song+23 appendix C]."""
+def both_ends(velocity, xt, t, target, xr, r):
+    """f(x_t, t) with gradient, and f(x_r, r) by `target` without, under the same dropout mask [SD24]."""
     seed = torch.initial_seed() + 1                        # the loop seeds every step anew, so this differs by step
     torch.manual_seed(seed)
     y = jump(velocity, xt, t)                              # first: autocast would keep weights cast without gradient
     torch.manual_seed(seed)
     with torch.no_grad():
-        return y, jump(velocity, xr, r)
+        return y, jump(target, xr, r)
 
 
 def karras_times(n, low=0.002, high=80.0, rho=7):
@@ -752,20 +757,13 @@ def inception_features(path=None, download=False, folder="data", device="cpu"):
     return features
 
 
-# Copied from 02_reflow.py
-def feature_moments(images, features, device, size=500):
-    """Mean and covariance of the features of uint8 or float images (N, C, H, W), in batches."""
-    chunks = (batch.to(device) for batch in images.split(size))
-    return moments(torch.cat([features(to_floats(x) if x.dtype == torch.uint8 else x).cpu() for x in chunks]))
-
-
-# Copied from 02_reflow.py
+# Differs from 02_reflow.py: by image_features, which the other metrics want too
 def data_moments(images, features, name, device):
-    """feature_moments of the training set, kept in runs/cache under a hash of its bytes."""
+    """Moments of the training set's features, kept in runs/cache under a hash of its bytes."""
     digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
     path = Path(f"runs/cache/{name}-{digest}.pt")
     if not path.exists():
-        mean, cov = feature_moments(images, features, device)
+        mean, cov = moments(image_features(images, features, device))
         save_checkpoint(path, config={"features": name}, mean=mean, cov=cov)
     content = load_checkpoint(path, keys=("mean", "cov"))
     return content["mean"], content["cov"]
@@ -1272,7 +1270,7 @@ def save_pictures(generator, config, device):
 
 
 def export_generator(generator, path):
-    """The generator as one file that torch.export.load reads without this repository, for any batch of two or more."""
+    """The generator as one file that torch.export.load reads without this repository, for any batch."""
     unet, batch = generator.flow.model, torch.export.Dim("batch", min=1, max=65536)
     inputs = (torch.zeros(2, *unet.shape),) + ((torch.zeros(2, dtype=torch.long),) if unet.classes else ())
     shapes = {"z0": {0: batch}, "labels": {0: batch} if unet.classes else None}
@@ -1737,7 +1735,10 @@ def train_student(name, start, loss_fn, steps, stream, config, device, folder):
 
 
 class Workshop:
-    """Trains every network of this chapter that is not in the run folder yet; one method of the class a method."""
+    """Trains what the run folder does not hold yet: 1-RF at once, then a function per method of distillation.
+
+    Each returns {name: {evaluations: network to use with so many}}.
+    """
 
     def __init__(self, config, images, labels, classes, device, folder, build):
         self.config, self.images, self.classes, self.device = config, images, classes, device
@@ -1794,7 +1795,7 @@ class Workshop:
         times = karras_times(self.config.grid)
         loss_fn = consistency_distillation_loss(
             self.real, Velocity(self.teacher, self.config), times.float().to(self.device),
-            make_distance(self.config.distance, self.config, self.device), self.batch)
+            make_distance(self.config.distance, self.config, self.device), self.batch, self.config.target == "ema")
         flow = self.student("consistency", self.teacher, loss_fn, steps_for("consistency", self.config), 6,
                             times[-1].item())
         return {"consistency": {1: flow, 2: flow}}

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,10 +395,24 @@ def test_both_ends_share_the_dropout_mask_and_only_the_noisy_one_learns():
     masks = []
     for step in range(2):
         torch.manual_seed(step)
-        y, target = chapter.both_ends(network, x, t, x, t)
+        y, target = chapter.both_ends(network, x, t, network, x, t)
         assert torch.equal(y, target) and y.requires_grad and not target.requires_grad
         masks.append(y)
     assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_consistency_target_comes_from_the_weights_that_were_asked_for(averaged):
+    """The average's network says 5 at the cleaner time, the student's 0: the jump to the target tells whose it was."""
+    times = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    student, seen = Spy(), []
+    average = SimpleNamespace(model=lambda x, t, labels: 0 * x + 5)
+    loss_fn = chapter.consistency_distillation_loss(draw_gaussian, lambda x, t, labels: 0 * x, times,
+                                                    lambda a, b, step: seen.append((a, b)) or a - b, 64, averaged)
+    student.forward = lambda x, t, labels: 0 * x * student.scale
+    loss_fn(student, average, 0)
+    (y, target), = seen                                     # the teacher stands still: x_r = x_t
+    assert torch.allclose(target - y, torch.full_like(y, 0.1 * 5 if averaged else 0.0)) and not target.requires_grad
 
 
 def test_without_the_boundary_a_constant_would_satisfy_consistency(monkeypatch):
