@@ -670,7 +670,7 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
         return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
     solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
     if not solution.success:
-        raise ValueError(f"rk45 gave up at t = {solution.t[-1]:.3f}: {solution.message}")
+        raise UserError(f"rk45 gave up at t = {solution.t[-1]:.3f} ({solution.message}); lower --lr, add --fresh")
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 

@@ -4,13 +4,10 @@ The network and the data have tests of their own (test_unet.py, test_data.py); h
 inside this process; kills and several processes need real ones.
 """
 
-import csv
 import itertools
 import json
 import math
-import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run_script
+from conftest import (ROOT, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights,
+                      torchrun, weights)
 from PIL import Image
 from scipy.stats import kstest
 
@@ -452,6 +450,15 @@ def test_moments_of_the_data_are_computed_once(tmp_path, monkeypatch):
         chapter.data_moments(images, features, "some", CPU)
 
 
+def test_a_flow_that_rk45_cannot_follow_is_a_user_error():
+    """As may be after training with too large a --lr: no samples, and a line that says so."""
+    velocity = tiny_velocity()
+    for p in velocity.flow.parameters():
+        p.data *= 1e20
+    with pytest.raises(chapter.UserError, match="rk45.*--lr"):
+        chapter.generate(velocity, tiny_config(), (3, 8, 8), CPU, 1, "rk45")
+
+
 def test_the_distance_of_a_set_to_itself_is_zero():
     images, features = chapter.shapes(300, 8)[0], chapter.RandomFeatures()
     real = chapter.feature_moments(images, features, CPU)
@@ -481,81 +488,26 @@ def test_evaluation_holds_every_number():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; runs inside this process draw no figures."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("draw_samples", "draw_quality", "draw_straightness"):
-        monkeypatch.setattr(chapter, name, lambda *arguments: None)
-    return tmp_path
-
-
-@pytest.fixture
-def run(here, monkeypatch, capsys):
-    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            chapter.launch(chapter.main, chapter.Config)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a whole tiny run of the real script.  Copy it before changing it."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = run_script(NAME, *TINY, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return cwd / "runs" / NAME / "quick"
-
-
-def copy_run(finished, cwd, *without):
-    """The finished run, where a run in cwd would look for it, without some of its files."""
-    folder = Path(shutil.copytree(finished, cwd / "runs" / NAME / "quick"))
-    for name in without:
-        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    return folder
-
-
-def one_line(err, *words):
-    """The whole of standard error is one line of ours, which holds the words."""
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert str(word) in lines[0], err
-
-
-def weights(path):
-    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
+here, run, finished = fixtures(NAME, TINY, figures=["draw_samples", "draw_quality", "draw_straightness"])
 
 
 def same_run(a, b, rounds=(1, 2)):
     """The weights of both rounds and all shards are equal, bit for bit."""
-    same = [torch.equal(weights(a / f"{k}-rf.pt"), weights(b / f"{k}-rf.pt")) for k in rounds]
-    return all(same) and content(a / "pairs" / "2-rf") == content(b / "pairs" / "2-rf")
-
-
-def rows(folder):
-    """Stage and step of every row of metrics.csv."""
-    return [tuple(row[:2]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
+    same = same_weights(a, b, *(f"{k}-rf" for k in rounds))
+    return same and content(a / "pairs" / "2-rf") == content(b / "pairs" / "2-rf")
 
 
 ROWS = [("1-rf", "2"), ("1-rf", "4"), ("1-rf", "6"), ("2-rf", "2"), ("2-rf", "4")]
 
 
 def test_a_run_leaves_exactly_its_files(finished):
-    assert {path.name for path in finished.iterdir()} == FILES and rows(finished) == ROWS
-    assert sorted(content(finished / "pairs" / "2-rf")) == ["00000.npy", "00001.npy", "00002.npy"]
-    assert not torch.equal(weights(finished / "1-rf.pt"), weights(finished / "2-rf.pt"))
-    results = json.loads((finished / "results.json").read_text())
+    assert {path.name for path in finished.folder.iterdir()} == FILES and log_rows(finished.folder) == ROWS
+    assert sorted(content(finished.folder / "pairs" / "2-rf")) == ["00000.npy", "00001.npy", "00002.npy"]
+    assert not torch.equal(weights(finished.folder / "1-rf.pt"), weights(finished.folder / "2-rf.pt"))
+    results = json.loads((finished.folder / "results.json").read_text())
     assert len(results["rounds"]) == 2 and results["samples"] == 24 and "random features" in results["distance"]
     for name in ("samples.png", "quality.png", "straightness.png"):
-        with Image.open(finished / name) as image:
+        with Image.open(finished.folder / name) as image:
             image.load()
             assert min(image.size) >= 400 and len(image.convert("RGB").getcolors(1 << 24)) > 50
 
@@ -591,7 +543,7 @@ def test_conditional_and_three_rounds(run, here):
     code, out, err = run(*TINY, "--conditional", "--rounds", 3, "--pair-solver", "euler")
     assert code == 0, err
     folder = here / "runs" / NAME / "quick"
-    assert rows(folder) == ROWS + [("3-rf", "2"), ("3-rf", "4")] and "3-RF" in out
+    assert log_rows(folder) == ROWS + [("3-rf", "2"), ("3-rf", "4")] and "3-RF" in out
     assert {path.name for path in (folder / "pairs").iterdir()} == {"2-rf", "3-rf"}
     assert "model.map_label.weight" in torch.load(folder / "3-rf.pt", weights_only=True)["model"]
 
@@ -643,32 +595,14 @@ def test_other_settings_do_not_continue_a_run(finished, run, here):
         code, _, err = run(*TINY, flag, value)
         assert code == 2
         one_line(err, words, "--fresh")
-    assert same_run(folder, finished)
+    assert same_run(folder, finished.folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kills, stops, full disks
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A process that runs the chapter without its evaluation; {spy} changes the module before.
-DRIVER = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from conftest import load
-chapter = load({name!r})
-chapter.report = lambda *arguments: None
-{spy}
-chapter.launch(chapter.main, chapter.Config)
-"""
-
-KILL_AT_ROW = """
-inner = chapter.log_line
-def log_line(path, stage, step, *rest):
-    inner(path, stage, step, *rest)
-    if (stage, step) == ({!r}, {}):
-        os.kill(os.getpid(), signal.SIGKILL)
-chapter.log_line = log_line
-"""
+UNMEASURED = "chapter.report = lambda *arguments: None"
 
 KILL_IN_SHARD = """
 inner, calls = os.replace, []
@@ -685,18 +619,18 @@ os.replace = replace
 def test_killed_in_every_stage_and_rerun_gives_the_same_bits(finished, run, here):
     """kill -9 between log row and checkpoint of 1-RF, within the second shard, between row and checkpoint of 2-RF."""
     folder = here / "runs" / NAME / "quick"
-    moments = [(KILL_AT_ROW.format("1-rf", 4), "1-rf", 2, 0), (KILL_IN_SHARD.format(2), "1-rf", 6, 1),
-               (KILL_AT_ROW.format("2-rf", 4), "2-rf", 2, 3)]
+    moments = [(kill_after_row("1-rf", 4), "1-rf", 2, 0), (KILL_IN_SHARD.format(2), "1-rf", 6, 1),
+               (kill_after_row("2-rf", 4), "2-rf", 2, 3)]
     for spy, stage, step, shards in moments:
-        code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
+        code = driver(NAME, UNMEASURED, spy)
         result = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, result.stderr
         state = chapter.load_checkpoint(folder / "checkpoint.pt")
         assert (state["stage"], state["step"]) == (stage, step)
         assert len(list((folder / "pairs").glob("2-rf/0*.npy"))) == shards
     assert run(*TINY)[0] == 0
-    assert same_run(folder, finished) and rows(folder) == ROWS
-    assert json.loads((folder / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
+    assert same_run(folder, finished.folder) and log_rows(folder) == ROWS
+    assert (folder / "results.json").read_text() == (finished.folder / "results.json").read_text()
     assert not list(folder.rglob("*part*"))
 
 
@@ -718,7 +652,7 @@ def test_sigterm_while_making_pairs_finishes_the_shard(finished, run, here, monk
     assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
     assert sorted(content(folder / "pairs" / "2-rf")) == ["00000.npy", "00001.npy"]
     assert run(*TINY)[0] == 0
-    assert same_run(folder, finished)
+    assert same_run(folder, finished.folder)
 
 
 def test_a_full_disk_while_making_pairs_is_one_line(finished, run, here):
@@ -735,7 +669,7 @@ def test_a_full_disk_while_making_pairs_is_one_line(finished, run, here):
     one_line(err, "cannot write", "00000.npy")
     assert not content(folder / "pairs" / "2-rf")
     assert run(*TINY)[0] == 0
-    assert same_run(folder, finished)
+    assert same_run(folder, finished.folder)
 
 
 def test_a_spoiled_shard_stops_the_run(finished, run, here):
@@ -746,7 +680,7 @@ def test_a_spoiled_shard_stops_the_run(finished, run, here):
     one_line(err, "00001.npy", "delete it")
     (folder / "pairs" / "2-rf" / "00001.npy").unlink()
     assert run(*TINY)[0] == 0
-    assert same_run(folder, finished)
+    assert same_run(folder, finished.folder)
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e3"])
@@ -766,15 +700,15 @@ def test_an_absurd_learning_rate_makes_no_absurd_pairs(run, here, lr):
 
 def test_a_teacher_takes_the_place_of_the_first_round(finished, run, here):
     """1-RF is copied, not trained; all that follows is as in the run that trained it."""
-    code, _, err = run(*TINY, "--teacher", finished / "1-rf.pt")
+    code, _, err = run(*TINY, "--teacher", finished.folder / "1-rf.pt")
     assert code == 0, err
     folder = here / "runs" / NAME / "quick"
-    assert rows(folder) == ROWS[3:] and same_run(folder, finished)
+    assert log_rows(folder) == ROWS[3:] and same_run(folder, finished.folder)
 
 
 def bad_teacher(how, finished):
     """Write something that is no teacher for this run to "teacher.pt"."""
-    path, good = Path("teacher.pt"), torch.load(finished / "1-rf.pt", weights_only=True)
+    path, good = Path("teacher.pt"), torch.load(finished.folder / "1-rf.pt", weights_only=True)
     if how == "of chapter 1":
         first = load("01_rectified_flow")
         config, model = first.dataclasses.asdict(first.Config()), first.VelocityMLP()
@@ -782,7 +716,7 @@ def bad_teacher(how, finished):
     elif how == "random bytes":
         path.write_bytes(np.random.default_rng(0).bytes(5000))
     elif how == "truncated":
-        path.write_bytes((finished / "1-rf.pt").read_bytes()[:-500])
+        path.write_bytes((finished.folder / "1-rf.pt").read_bytes()[:-500])
     elif how == "a folder":
         path.mkdir()
     elif how == "a hostile pickle":
@@ -816,7 +750,7 @@ def test_a_bad_teacher_is_one_line_and_leaves_no_run(finished, run, here, how):
     (["--data", "grey"], None)], ids=lambda value: " ".join(map(str, value or [])))
 def test_a_teacher_of_another_network_names_the_flag(finished, run, here, args, flag):
     draw_pictures(here / "grey")
-    code, _, err = run(*TINY, "--teacher", finished / "1-rf.pt", "--out", "new", *args)
+    code, _, err = run(*TINY, "--teacher", finished.folder / "1-rf.pt", "--out", "new", *args)
     if flag is None:                            # other pictures of the same size may well learn from it
         assert code == 0, err
     else:
@@ -840,11 +774,9 @@ def test_a_teacher_of_other_classes_is_one_line(run, here):
 
 def test_two_processes_run_the_whole_script(here):
     """To the end, with one table; their pairs are those that one process makes of the same 1-rf.pt."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / f"{NAME}.py"]
-    result = subprocess.run([*command, *TINY, "--out", "run"], cwd=here, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = torchrun(ROOT / f"{NAME}.py", *TINY, "--out", "run", cwd=here)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in (here / "run").iterdir()} == FILES and rows(here / "run") == ROWS
+    assert {path.name for path in (here / "run").iterdir()} == FILES and log_rows(here / "run") == ROWS
     assert result.stdout.count("evaluations; S") == 1
     for numbers in json.loads((here / "run" / "results.json").read_text())["rounds"]:
         assert all(math.isfinite(x) for x in [*numbers["FD"].values(), numbers["S"]])

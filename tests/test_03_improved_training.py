@@ -6,14 +6,12 @@ Network, data and what is copied have tests of their own.  Most runs happen insi
 
 import builtins
 import contextlib
-import csv
 import io
 import itertools
 import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +26,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, load
+from conftest import (call, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights,
+                      torchrun, weights)
 from PIL import Image
 from scipy.integrate import trapezoid
 from scipy.stats import chi2, kstest, norm
@@ -1121,80 +1120,14 @@ def short_evaluation(patch):
     patch.setattr(chapter, "velocity_error", partial(chapter.velocity_error, size=24))
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; runs inside this process draw no figures."""
-    monkeypatch.chdir(tmp_path)
-    short_evaluation(monkeypatch)
-    for name in ("draw_samples", "draw_training", "draw_ladder", "draw_inversion"):
-        monkeypatch.setattr(chapter, name, lambda *arguments: None)
-    return tmp_path
+here, run, finished = fixtures(NAME, [*TINY, "--configs", *"ABCDEFG"], shorten=short_evaluation,
+                               figures=["draw_samples", "draw_training", "draw_ladder", "draw_inversion"])
 
 
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Runs inside this process end with their last stage."""
     monkeypatch.setattr(chapter, "report", lambda *arguments: None)
-
-
-def call(patch, *args, script=chapter):
-    """Act like the command line, in this process.  Returns the exit code."""
-    patch.setattr(sys, "argv", ["script.py", *map(str, args)])
-    try:
-        script.launch(script.main, script.Config)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-@pytest.fixture
-def run(here, monkeypatch, capsys):
-    """run(args...): exit code, standard output, standard error."""
-    def run(*args, script=chapter):
-        capsys.readouterr()
-        return call(monkeypatch, *args, script=script), *capsys.readouterr()
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a whole tiny run of all configurations with figures, and its output.  Copy before changing it."""
-    cwd, out = tmp_path_factory.mktemp("finished"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.chdir(cwd)
-        short_evaluation(patch)
-        assert call(patch, *TINY, "--configs", *"ABCDEFG") == 0
-    return cwd / "runs" / NAME / "quick", out.getvalue()
-
-
-def copy_run(finished, cwd, *without):
-    """The finished run, where a run in cwd would look for it, without some of its files."""
-    folder = Path(shutil.copytree(finished[0], cwd / "runs" / NAME / "quick"))
-    for name in without:
-        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    return folder
-
-
-def one_line(err, *words):
-    """The whole of standard error is one line of ours, which holds the words."""
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert str(word) in lines[0], err
-
-
-def weights(path):
-    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
-
-
-def same(a, b, *names):
-    """The weights of these stages are equal in both folders, bit for bit."""
-    return all(torch.equal(weights(a / f"{name}.pt"), weights(b / f"{name}.pt")) for name in names)
-
-
-def rows(folder):
-    """Stage and step of every row of metrics.csv."""
-    return [tuple(row[:2]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
 
 
 def expected_rows(*stages):
@@ -1215,7 +1148,7 @@ def test_a_run_leaves_exactly_its_files(finished):
     files = {"config.json", "metrics.csv", "checkpoint.pt", "teacher.pt", "pairs", "results.json"} | FIGURES
     assert {path.name for path in folder.iterdir()} == files | {f"{name}.pt" for name in LADDER}
     assert set(pair_files(folder)) == {"00000.npy", "00001.npy", "00002.npy", "inverted.npy"}
-    assert rows(folder) == expected_rows("teacher", *LADDER)
+    assert log_rows(folder) == expected_rows("teacher", *LADDER)
     assert "random, untrained backbone" in out and "Frechet distance of seeded random features" in out
     for name in FIGURES:
         with Image.open(folder / name) as image:
@@ -1224,20 +1157,20 @@ def test_a_run_leaves_exactly_its_files(finished):
 
 
 def test_every_configuration_made_another_network(finished):
-    found = [weights(finished[0] / f"{name}.pt") for name in ["teacher", *LADDER]]
+    found = [weights(finished.folder / f"{name}.pt") for name in ["teacher", *LADDER]]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
-    assert torch.load(finished[0] / "A-0.pt", weights_only=True)["model"]["model.map_label.weight"].shape[1] == 4
+    assert torch.load(finished.folder / "A-0.pt", weights_only=True)["model"]["model.map_label.weight"].shape[1] == 4
 
 
 def test_results_hold_every_number(finished):
-    results = json.loads((finished[0] / "results.json").read_text())
+    results = json.loads((finished.folder / "results.json").read_text())
     assert results["samples"] == 24 and results["lpips"] == "random"
     assert list(results["configurations"]) == ["teacher", *"ABCDEFG"] == list(results["inversion"])
     for name, (row,) in results["configurations"].items():
         assert list(row["FD"]) == ["1", "2", "4", "4 new"] and len(row["error_by_t"]) == 5
         numbers = [*row["FD"].values(), row["S"], *row["error_by_t"], row["seconds"]]
         assert all(math.isfinite(x) and x > 0 for x in numbers)
-        assert f"{row['FD']['1']:9.3f}" in finished[1] and f"{row['S']:9.2f}" in finished[1]
+        assert f"{row['FD']['1']:9.3f}" in finished.out and f"{row['S']:9.2f}" in finished.out
     for numbers in results["inversion"].values():
         assert list(numbers["mse"]) == ["1", "2", "4", "8"] and 50 < numbers["z2_mean"] < 800 and numbers["z2_std"] > 0
 
@@ -1271,7 +1204,7 @@ def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here, monkeypatch):
     before = weights(here / "run" / "A-0.pt")
     code, out, err = run(*args, "--seeds", 2)
     assert code == 0, err
-    assert rows(here / "run") == expected_rows("teacher", "A-0", "A-1")
+    assert log_rows(here / "run") == expected_rows("teacher", "A-0", "A-1")
     assert torch.equal(weights(here / "run" / "A-0.pt"), before)
     assert not torch.equal(weights(here / "run" / "A-1.pt"), before)
     results = json.loads((here / "run" / "results.json").read_text())["configurations"]
@@ -1280,7 +1213,7 @@ def test_more_seeds_and_the_whole_ladder_continue_a_run(run, here, monkeypatch):
     monkeypatch.setattr(chapter, "report", lambda *arguments: None)
     code, out, err = run(*args, "--ablate")
     assert code == 0, err
-    assert rows(here / "run") == expected_rows("teacher", "A-0", "A-1", "C-0", "D-0", "E-0", "F-0", "G-0")
+    assert log_rows(here / "run") == expected_rows("teacher", "A-0", "A-1", "C-0", "D-0", "E-0", "F-0", "G-0")
     assert not (here / "run" / "B-0.pt").exists()
 
 
@@ -1292,21 +1225,33 @@ def test_without_labels_by_edms_sampler_with_larger_batches(run, here, monkeypat
     code, _, err = run(*TINY, "--no-conditional", "--pair-solver", "edm", "--big-batch", 2, "--configs", "A", "B", "G",
                        "--real-share", 0.5, "--antithetic", "--out", "run")
     assert code == 0, err
-    assert sizes == [4, 4, 8, 8, 8] and rows(here / "run") == expected_rows("teacher", "A-0", "B-0", "F-0", "G-0")
+    assert sizes == [4, 4, 8, 8, 8] and log_rows(here / "run") == expected_rows("teacher", "A-0", "B-0", "F-0", "G-0")
     assert not any("map_label" in name for name in torch.load(here / "run" / "G-0.pt", weights_only=True)["model"])
+
+
+def test_a_handful_of_pictures_and_samples_still_makes_figures(run, here, monkeypatch):
+    """Fewer than a strip is long by default: all strips of a figure are as long as there is something to show."""
+    (here / "photos" / "greys").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i,) * 3).save(here / "photos" / "greys" / f"{i}.png")
+    figures = []
+    monkeypatch.setattr(chapter, "draw_samples", lambda strips, *rest: figures.append(list(map(len, strips.values()))))
+    code, _, err = run(*TINY, "--configs", "A", "--data", "photos", "--eval-size", 3, "--out", "run")
+    assert code == 0, err
+    assert sorted(set(map(tuple, map(set, figures)))) == [(3,), (4,)]
 
 
 def test_pairs_are_made_by_the_solver_that_is_asked_for(finished, run, here):
     edm = chapter.sample(*asked(finished, "edm", 3))
     heun = chapter.sample(*asked(finished, "heun", 3))
-    stored = np.load(finished[0] / "pairs" / "00001.npy")
+    stored = np.load(finished.folder / "pairs" / "00001.npy")
     assert abs(chapter.to_bytes(heun).numpy().astype(int) - stored).max() <= 1
     assert abs(chapter.to_bytes(edm).numpy().astype(int) - stored).max() > 1
 
 
 def asked(finished, method, steps):
     """What sample is called with for the second shard."""
-    flow = chapter.load_round(finished[0] / "teacher.pt", tiny_config(), 3, 4, CPU)
+    flow = chapter.load_round(finished.folder / "teacher.pt", tiny_config(), 3, 4, CPU)
     index = torch.arange(8, 16)
     return (chapter.Velocity(flow, tiny_config()), chapter.pair_noise(chapter.seed_for(0, 2), index, (3, 8, 8)), index,
             steps, method)
@@ -1323,7 +1268,7 @@ def test_chapter_2s_flow_is_a_teacher(run, here, unmeasured, monkeypatch):
     code, _, err = run(*TINY, "--configs", "A", "--teacher", "two/1-rf.pt", "--out", "three")
     assert code == 0, err
     assert torch.equal(weights(here / "two" / "1-rf.pt"), weights(here / "three" / "teacher.pt"))
-    assert rows(here / "three") == expected_rows("A-0")
+    assert log_rows(here / "three") == expected_rows("A-0")
     assert not torch.equal(weights(here / "three" / "A-0.pt"), weights(here / "three" / "teacher.pt"))
 
 
@@ -1397,7 +1342,7 @@ def test_other_settings_do_not_continue_a_run(finished, run, here):
         code, _, err = run(*TINY, "--configs", *"ABCDEFG", flag, value)
         assert code == 2
         one_line(err, word, "--fresh")
-    assert same(folder, finished[0], "teacher", *LADDER)
+    assert same_weights(folder, finished.folder, "teacher", *LADDER)
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e3"])
@@ -1405,7 +1350,8 @@ def test_an_absurd_learning_rate_is_no_traceback(here, monkeypatch, capsys, lr):
     """A teacher or student that is not finite, or finite but absurd; the figures are drawn, if it comes to that."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    code = call(monkeypatch, *TINY, "--configs", "A", "--lr", lr, "--warmup", 0, "--lr-decay", "constant")
+    code = call(chapter, *TINY, "--configs", "A", "--lr", lr, "--warmup", 0, "--lr-decay", "constant",
+                patch=monkeypatch)
     err = capsys.readouterr().err
     assert "Traceback" not in err and code in ((2,) if lr == "1e30" else (0, 2))
     assert not code or "--lr" in err
@@ -1415,25 +1361,7 @@ def test_an_absurd_learning_rate_is_no_traceback(here, monkeypatch, capsys, lr):
 # Kills, stops, several processes
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A process that runs the chapter with a short evaluation; {spy} changes the module before.
-DRIVER = """
-import functools, os, signal, sys, time
-sys.path.insert(0, {tests!r})
-from conftest import load
-chapter = load({name!r})
-chapter.velocity_error = functools.partial(chapter.velocity_error, size=24)
-{spy}
-chapter.launch(chapter.main, chapter.Config)
-"""
-
-KILL_AT_ROW = """
-inner = chapter.log_line
-def log_line(path, stage, step, *rest):
-    inner(path, stage, step, *rest)
-    if (stage, step) == ({!r}, {}):
-        os.kill(os.getpid(), signal.SIGKILL)
-chapter.log_line = log_line
-"""
+SHORT = "chapter.velocity_error = functools.partial(chapter.velocity_error, size=24)"
 
 KILL_WHILE_WRITING = """
 inner = chapter.Path.write_bytes
@@ -1449,8 +1377,8 @@ chapter.Path.write_bytes = write_bytes
 def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, here, unmeasured):
     """kill -9 between log row and checkpoint of F, and within the file of inverted noise."""
     folder, args = here / "runs" / NAME / "quick", [*TINY, "--configs", "C", "G"]
-    for spy, stage, step in [(KILL_AT_ROW.format("F-0", 4), "F-0", 2), (KILL_WHILE_WRITING, "F-0", 4)]:
-        code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
+    for spy, stage, step in [(kill_after_row("F-0", 4), "F-0", 2), (KILL_WHILE_WRITING, "F-0", 4)]:
+        code = driver(NAME, SHORT, spy)
         result = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, result.stderr
         state = chapter.load_checkpoint(folder / "checkpoint.pt")
@@ -1458,8 +1386,9 @@ def test_killed_in_a_middle_stage_and_rerun_gives_the_same_bits(finished, run, h
     assert (folder / "F-0.pt").exists() and not (folder / "pairs" / "inverted.npy").exists()
     code, _, err = run(*args)
     assert code == 0, err
-    assert same(folder, finished[0], "teacher", "C-0", "F-0", "G-0") and pair_files(folder) == pair_files(finished[0])
-    assert rows(folder) == expected_rows("teacher", "C-0", "F-0", "G-0") and not list(folder.rglob("*part*"))
+    assert same_weights(folder, finished.folder, "teacher", "C-0", "F-0", "G-0")
+    assert pair_files(folder) == pair_files(finished.folder)
+    assert log_rows(folder) == expected_rows("teacher", "C-0", "F-0", "G-0") and not list(folder.rglob("*part*"))
 
 
 def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, unmeasured, monkeypatch):
@@ -1476,23 +1405,16 @@ def test_sigterm_in_a_middle_stage_saves_its_step(finished, run, here, unmeasure
     assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
     assert chapter.load_checkpoint(folder / "checkpoint.pt")["step"] == 3
     assert run(*TINY, "--configs", *"ABCDEFG")[0] == 0
-    assert same(folder, finished[0], "F-0", "G-0")
-
-
-def torchrun(*command, cwd):
-    """Two processes of a command."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert same_weights(folder, finished.folder, "F-0", "G-0")
 
 
 def test_two_processes_make_a_whole_run(here):
     """To the end, with one table and the files of one process."""
-    (here / "script.py").write_text(DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=""))
+    (here / "script.py").write_text(driver(NAME, SHORT))
     result = torchrun("script.py", *TINY, "--configs", "A", "G", "--out", "run", cwd=here)
     assert result.returncode == 0, result.stderr
     assert FIGURES | {"A-0.pt", "F-0.pt", "G-0.pt", "teacher.pt"} <= {path.name for path in (here / "run").iterdir()}
-    assert rows(here / "run") == expected_rows("teacher", "A-0", "F-0", "G-0")
+    assert log_rows(here / "run") == expected_rows("teacher", "A-0", "F-0", "G-0")
     assert result.stdout.count("error by t") == 1
     assert np.load(here / "run" / "pairs" / "inverted.npy").shape == (16, 3, 8, 8)
     assert len(pair_files(here / "run")) == 4
@@ -1511,8 +1433,8 @@ chapter.stage = stage
 
 def test_a_process_that_comes_late_finds_a_given_teacher(finished, here):
     """Rank 0 only has to copy the teacher's file; the other process may look for it before or after."""
-    (here / "late.py").write_text(DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=LATE))
-    teacher = finished[0] / "teacher.pt"
+    (here / "late.py").write_text(driver(NAME, SHORT, LATE))
+    teacher = finished.folder / "teacher.pt"
     result = torchrun("late.py", *TINY, "--configs", "A", "--teacher", teacher, "--out", "run", cwd=here)
     assert result.returncode == 0, result.stderr
-    assert rows(here / "run") == expected_rows("A-0")
+    assert log_rows(here / "run") == expected_rows("A-0")

@@ -4,7 +4,6 @@ Most tests run the chapter inside this process, where the exit code and both str
 kills, full disks and several processes need real ones.
 """
 
-import csv
 import json
 import math
 import os
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load, run_script
+from conftest import (ROOT, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, run_script,
+                      same_weights, torchrun, weights)
 from PIL import Image
 
 NAME = "01_rectified_flow"
@@ -28,22 +28,13 @@ TINY = ("--steps 20 --rounds 2 --eval-size 200 --w2-size 64 --pairs 256 --width 
 FILES = {"config.json", "metrics.csv", "checkpoint.pt", "1-rf.pt", "2-rf.pt", "results.json",
          "paths.png", "quality.png", "loss.png", "flow.gif"}
 
-# A process that runs the chapter without its figures; {spy} may change the module before.
-DRIVER = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from conftest import load
-chapter = load({name!r})
-chapter.draw_all = lambda *arguments: None
-{spy}
-chapter.launch(chapter.main, chapter.Config)
-"""
+here, run, finished = fixtures(NAME, TINY, figures=["draw_all"])
 
 
 def start(*args, cwd, spy=None, **options):
-    """Start the script, or the driver with a spy in it, as a process of its own."""
-    code = DRIVER.format(tests=str(ROOT / "tests"), name=NAME, spy=spy)
-    command = [str(ROOT / f"{NAME}.py")] if spy is None else ["-c", code]
+    """Start the script, or the script with a spy in it and without its figures, as a process of its own."""
+    no_figures = "chapter.draw_all = lambda *arguments: None"
+    command = [str(ROOT / f"{NAME}.py")] if spy is None else ["-c", driver(NAME, no_figures, spy)]
     return subprocess.Popen([sys.executable, *command, *args], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -54,65 +45,13 @@ def finish(process):
     return process.returncode, out, err
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; runs inside this process draw no figures."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chapter, "draw_all", lambda *arguments: None)
-    return tmp_path
-
-
-@pytest.fixture
-def run(here, monkeypatch, capsys):
-    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            chapter.launch(chapter.main, chapter.Config)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole tiny run of the real script.  Returns its folder and what it printed.  Copy it before changing it."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = run_script(NAME, *TINY, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return cwd / "runs" / NAME / "quick", result.stdout
-
-
-def copy_run(finished, cwd):
-    """The finished run, where a run in cwd would look for it."""
-    return Path(shutil.copytree(finished[0], cwd / "runs" / NAME / "quick"))
-
-
-def one_line(err, *words):
-    """The whole of standard error is one line of ours, which holds the words."""
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert word in lines[0], err
-
-
-def weights(path):
-    return torch.cat([p.flatten() for p in torch.load(path, weights_only=True)["model"].values()])
-
-
-def same_weights(a, b):
-    return all(torch.equal(weights(a / f"{k}-rf.pt"), weights(b / f"{k}-rf.pt")) for k in (1, 2))
-
-
 def log(folder):
-    """The rows of metrics.csv without the speed, which no two runs share."""
-    return [row[:4] for row in csv.reader((folder / "metrics.csv").read_text().splitlines())]
+    """Stage, step, loss and floor of every row of metrics.csv."""
+    return log_rows(folder, 4)
 
 
 def leftovers(folder):
+    """Drafts that were never renamed."""
     return [path.name for path in Path(folder).rglob("*part*")]
 
 
@@ -175,11 +114,11 @@ def test_a_missing_device_is_one_line_and_leaves_nothing(run, here):
 
 
 def test_a_run_leaves_exactly_its_files(finished):
-    assert {path.name for path in finished[0].iterdir()} == FILES
+    assert {path.name for path in finished.folder.iterdir()} == FILES
 
 
 def test_config_json_tells_what_made_the_run(finished):
-    record = json.loads((finished[0] / "config.json").read_text())
+    record = json.loads((finished.folder / "config.json").read_text())
     assert record["script"] == f"{NAME}.py" and record["torch"] == torch.__version__
     assert {"python", "system", "revision"} <= set(record)
     expected = chapter.parse_config(chapter.Config, TINY)
@@ -187,22 +126,22 @@ def test_config_json_tells_what_made_the_run(finished):
 
 
 def test_metrics_csv_has_a_row_per_log_line(finished):
-    rows = log(finished[0])
-    assert rows[0] == ["stage", "step", "loss", "floor"]
-    assert [row[:2] for row in rows[1:]] == [[f"{k}-rf", str(step)] for k in (1, 2) for step in (5, 10, 15, 20)]
-    assert all(math.isfinite(float(row[2])) for row in rows[1:])
-    assert all(float(row[3]) > 0 for row in rows[1:5]) and not any(row[3] for row in rows[5:])
-    assert all(f"step {step:>7}" in finished[1] for step in (5, 10, 15, 20))
+    assert (finished.folder / "metrics.csv").read_text().startswith("stage,step,loss,floor,")
+    rows = log(finished.folder)
+    assert [row[:2] for row in rows] == [(f"{k}-rf", str(step)) for k in (1, 2) for step in (5, 10, 15, 20)]
+    assert all(math.isfinite(float(row[2])) for row in rows)
+    assert all(float(row[3]) > 0 for row in rows[:4]) and not any(row[3] for row in rows[4:])
+    assert all(f"step {step:>7}" in finished.out for step in (5, 10, 15, 20))
 
 
 def test_results_json_holds_the_numbers_of_the_table(finished):
-    results = json.loads((finished[0] / "results.json").read_text())
+    results = json.loads((finished.folder / "results.json").read_text())
     assert results["floor_W2"] > 0 and len(results["rounds"]) == 2
     for result in results["rounds"]:
         assert set(result["W2"]) == {"1", "2", "5", "10", "100"} and len(result["loss_by_t"]) == 10
         gap = result["cost_before"] - result["cost_after"] - result["S"] - result["V"]
         assert result["identity_gap"] == pytest.approx(gap)
-        assert f"{result['W2']['100']:8.3f}" in finished[1] and f"{result['cost_after']:8.3f}" in finished[1]
+        assert f"{result['W2']['100']:8.3f}" in finished.out and f"{result['cost_after']:8.3f}" in finished.out
     first, second = results["rounds"]
     assert {"floor", "excess", "floor_by_t"} <= set(first) and "floor" not in second
     assert second["cost_before"] == first["cost_after"]
@@ -211,10 +150,10 @@ def test_results_json_holds_the_numbers_of_the_table(finished):
 def test_figures_open(finished):
     """Every figure is a picture with something on it, and the film moves."""
     for name in ("paths.png", "quality.png", "loss.png"):
-        with Image.open(finished[0] / name) as image:
+        with Image.open(finished.folder / name) as image:
             image.load()
             assert min(image.size) >= 600 and len(image.convert("RGB").getcolors(1 << 24)) > 50
-    with Image.open(finished[0] / "flow.gif") as film:
+    with Image.open(finished.folder / "flow.gif") as film:
         first = film.convert("RGB").tobytes()
         assert film.n_frames > 10
         film.seek(film.n_frames - 1)
@@ -250,7 +189,7 @@ def test_fresh_starts_over(finished, run, here):
     code, out, err = run(*TINY, "--seed", 5, "--fresh")
     assert code == 0, err
     assert json.loads((folder / "config.json").read_text())["settings"]["seed"] == 5
-    assert len(log(folder)) == 9 and not torch.equal(weights(folder / "1-rf.pt"), weights(finished[0] / "1-rf.pt"))
+    assert len(log(folder)) == 8 and not torch.equal(weights(folder / "1-rf.pt"), weights(finished.folder / "1-rf.pt"))
 
 
 @pytest.mark.parametrize("foreign", ["thesis.txt", "config.json"])
@@ -398,9 +337,9 @@ def test_a_stop_saves_its_very_step_and_continues_bit_for_bit(finished, run, her
     assert chapter.load_checkpoint(folder / "checkpoint.pt")["step"] == 8
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert run(*TINY)[0] == 0
-    assert same_weights(folder, finished[0])
+    assert same_weights(folder, finished.folder, "1-rf", "2-rf")
     rows = log(folder)
-    assert [row[1] for row in rows[1:5]] == ["5", "8", "10", "15"] and len(rows) == 10
+    assert [row[1] for row in rows[:4]] == ["5", "8", "10", "15"] and len(rows) == 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -423,18 +362,6 @@ def wait_for_lines(process, path, lines):
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= lines):
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()
-
-
-def kill_after_row(stage, step):
-    """Spy: kill -9 between a log row and the checkpoint of the same step."""
-    return f"""
-inner = chapter.log_line
-def log_line(path, stage, step, *rest):
-    inner(path, stage, step, *rest)
-    if (stage, step) == ({stage!r}, {step}):
-        os.kill(os.getpid(), signal.SIGKILL)
-chapter.log_line = log_line
-"""
 
 
 def kill_in_write(count):
@@ -463,8 +390,8 @@ def test_killed_at_any_moment_and_rerun_gives_the_same_bits(finished, tmp_path):
         assert str(chapter.load_checkpoint(folder / "checkpoint.pt")["step"]) == step
     code, _, err = finish(start(*TINY, cwd=tmp_path, spy=""))
     assert code == 0, err
-    assert same_weights(folder, finished[0]) and log(folder) == log(finished[0])
-    assert (folder / "results.json").read_text() == (finished[0] / "results.json").read_text()
+    assert same_weights(folder, finished.folder, "1-rf", "2-rf") and log(folder) == log(finished.folder)
+    assert (folder / "results.json").read_text() == (finished.folder / "results.json").read_text()
 
 
 @pytest.mark.parametrize("cut", ["", "stage,st", "stage,step,loss,floor,seconds,samples_per_s\n1-rf,5,13."])
@@ -475,7 +402,7 @@ def test_a_log_cut_short_by_a_kill_is_mended(finished, run, here, cut):
         (folder / name).unlink()
     (folder / "metrics.csv").write_text(cut)
     assert run(*TINY)[0] == 0
-    assert log(folder) == log(finished[0])
+    assert log(folder) == log(finished.folder)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(finished, run, here, monkeypatch):
@@ -490,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(finished,
     assert state["step"] == 10 and all(p.isfinite().all() for p in (state["model"] | state["ema"]).values())
     monkeypatch.setattr(chapter, "learning_rate", original)
     assert run(*TINY)[0] == 0
-    assert same_weights(path.parent, finished[0])
+    assert same_weights(path.parent, finished.folder, "1-rf", "2-rf")
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e4"])
@@ -530,7 +457,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(finished, run, her
     one_line(err, "checkpoint.pt")
     assert (folder / "checkpoint.pt").read_bytes() == before and not leftovers(here)
     assert run(*TINY)[0] == 0
-    assert same_weights(folder, finished[0])
+    assert same_weights(folder, finished.folder, "1-rf", "2-rf")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -568,17 +495,10 @@ torch.save({"history": history, "loss": mean, "stop": stop}, f"{processes}-{rank
 """
 
 
-def torchrun(*command, processes, cwd):
-    """python -m torch.distributed.run: so many processes of a script on this machine."""
-    command = ["--standalone", f"--nproc-per-node={processes}", *map(str, command)]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_processes_take_the_steps_of_one_with_the_joint_batch(tmp_path):
     """Each has half of a batch; the weights after each of 3 steps are those of one process that has all of it."""
     (tmp_path / "worker.py").write_text(WORKER)
-    result = torchrun("worker.py", ROOT / "tests", processes=2, cwd=tmp_path)
+    result = torchrun("worker.py", ROOT / "tests", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     alone = subprocess.run([sys.executable, "worker.py", ROOT / "tests"], cwd=tmp_path, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
@@ -592,7 +512,7 @@ def test_two_processes_take_the_steps_of_one_with_the_joint_batch(tmp_path):
 
 
 def test_two_processes_run_the_whole_script(tmp_path):
-    result = torchrun(ROOT / f"{NAME}.py", *TINY, "--out", "run", processes=2, cwd=tmp_path)
+    result = torchrun(ROOT / f"{NAME}.py", *TINY, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-    assert len(log(tmp_path / "run")) == 9 and result.stdout.count("drop-(S+V)") == 1
+    assert len(log(tmp_path / "run")) == 8 and result.stdout.count("drop-(S+V)") == 1
