@@ -1703,7 +1703,8 @@ def print_table(results, label, config):
         if name == "real data":
             distances = f"{row['FD']['-']:9.3f}        -"
         gap = "-" if row["to_teacher"] is None else f"{row['to_teacher']:.3f}"
-        cost, reflow, seconds = (f"{row[key]:,.0f}" if row[key] else "-" for key in ("evaluations", "reflow", "seconds"))
+        numbers = (row[key] for key in ("evaluations", "reflow", "seconds"))
+        cost, reflow, seconds = (f"{number:,.0f}" if number else "-" for number in numbers)
         print(f"{name:>16}{distances}{row['precision']:11.3f}{row['recall']:8.3f}{row['density']:9.3f}"
               f"{row['coverage']:10.3f}{gap:>12}{cost:>13}{reflow:>10}{seconds:>9}")
     print("to teacher: mean squared gap to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
