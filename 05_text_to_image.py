@@ -214,7 +214,7 @@ def guided(velocity, scale):
     def flow(x, t, text, null=None):
         if scale == 1:
             return velocity(x, t, text)
-        v_null, v_text = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, text])).chunk(2)
+        v_null, v_text = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])).chunk(2)
         return v_null + scale * (v_text - v_null)
     return flow
 
@@ -1609,7 +1609,8 @@ def draw_grid(columns, texts, folder, each=3, rows=8):
 
     columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
     """
-    chosen = [round(i * (len(texts) - 1) / max(1, min(rows, len(texts)) - 1)) for i in range(min(rows, len(texts)))]
+    last = min(len(texts), len(next(iter(columns.values())))) - 1
+    chosen = [round(i * last / max(1, min(rows, last + 1) - 1)) for i in range(min(rows, last + 1))]
     figure, axes = new_figure(len(columns), len(chosen), size=1.0)
     figure.set_size_inches(1.3 * each * 0.5 * len(columns) + 2.4, 0.66 * len(chosen) + 0.6)
     for (heading, images), column in zip(columns.items(), axes.T):
