@@ -101,7 +101,6 @@ class Config:
     lr: float = option(3e-3, "its peak learning rate", low=0.0)
     channels: tuple = option((32, 64), "widths of its U-Net; each but the first halves the latents", low=4)
     attention: tuple = option((0, 1), "which of these levels read the text, 1 or 0 each", low=0, high=1)
-    groups: int = option(8, "groups of every normalisation", low=1)
     blocks: int = option(1, "residual blocks of a level", low=1)
     heads: int = option(4, "its attention heads, and those of the text encoder", low=1)
     text_width: int = option(32, "width of its text encoder", low=4)
@@ -112,6 +111,7 @@ class Config:
     pairs: int = option(2560, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
+    a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
     reflow_steps: tuple = option((1000,), "training steps of 2-RF, one number a phase", low=1)
     reflow_batch: tuple = option((32,), "pairs in a step of each phase", low=1)
     distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=0.0, high=30.0)
@@ -145,7 +145,7 @@ class Config:
         "quick": {},
         "gpu": dict(                                       # one GPU: the tiny chain at 64 x 64 with wider networks
             image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_lr=1e-3, channels=(128, 256, 256),
-            attention=(1, 1, 0), groups=32, blocks=2, heads=8, text_width=128, text_layers=2, batch=256, steps=10000, lr=1e-3,
+            attention=(1, 1, 0), blocks=2, heads=8, text_width=128, text_layers=2, batch=256, steps=10000, lr=1e-3,
             pairs=20000, shard=500, reflow_steps=(5000,), reflow_batch=(256,), distill_steps=(3000, 500),
             distill_batch=(256, 128), distill_solver_steps=25, student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999,
             lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=5000, checkpoint_every=1000),
@@ -224,16 +224,16 @@ def as_velocity(unet):
     return lambda x, t, text: unet(x, 1000 * (1 - t), text)
 
 
-def reflow_loss(velocity, x0, x1, text):
-    """E_t |x1 - x0 - v(x_t, t | T)|^2 on the teacher's pairs [Liu+24 eq. 5], t uniform.  x0, x1: (B, C, h, w) -> (B,).
+def reflow_loss(velocity, x0, x1, text, a=0.0):
+    """E_t |x1 - x0 - v(x_t, t | T)|^2 on the teacher's pairs [Liu+24].  x0, x1: (B, C, h, w) -> (B,).
 
-    Guidance is in x1 already: the student learns the guided flow with a single evaluation.
+    Guidance is in x1 already: the student learns the guided flow with a single evaluation.  a = 0: uniform t, as there.
     """
-    return flow_matching_loss(partial(velocity, text=text), x0, x1, torch.rand(len(x0), device=x0.device))
+    return flow_matching_loss(partial(velocity, text=text), x0, x1, u_shaped_times(len(x0), a, x0.device))
 
 
 def one_step_loss(velocity, x0, x1, text, distance):
-    """D(x1, x0 + v(x0, 0 | T)) [Liu+24 eq. 6]: distillation at t = 0 exactly.
+    """D(x1, x0 + v(x0, 0 | T)) [Liu+24]: distillation at t = 0 exactly.
 
     The network sees x0 and no trace of x1.  distance: (a, b) of latents (B, C, h, w) -> (B,).
     """
@@ -267,14 +267,14 @@ def velocity_from_eps(eps, schedule=None):
     schedule = schedule or Schedule()
     ratio = (schedule.a / (schedule.a + schedule.b)).flip(0)           # t of s = 999 ... 0, increasing
 
-    def velocity(x, t, *more):
-        t = t.double().cpu()
+    def velocity(x, t, *more, **named):
+        t = t.cpu().double()
         least = t.clamp(ratio[0], ratio[-1])
         s = np.interp(torch.logit(least), torch.logit(ratio), np.arange(len(ratio))[::-1])
         time, least = (u.to(x).reshape(-1, *[1] * (x.dim() - 1)) for u in (t, least))
-        noise = eps(x / (time ** 2 + (1 - time) ** 2).sqrt(), torch.as_tensor(s).to(x), *more)
-        length = (least ** 2 + (1 - least) ** 2).sqrt()
-        return (x / (time ** 2 + (1 - time) ** 2).sqrt() * length - noise) / least
+        xs = x / (time ** 2 + (1 - time) ** 2).sqrt()
+        noise = eps(xs, torch.as_tensor(s).to(x), *more, **named)
+        return ((least ** 2 + (1 - least) ** 2).sqrt() * xs - noise) / least
     return velocity
 
 
@@ -300,6 +300,18 @@ def dpm_solver(eps, x, steps, final="zero", schedule=None):
         guess = x1_hat if first_order else x1_hat + h / (2 * width) * (x1_hat - before)
         x, before, width = b[i + 1] / b[i] * x - a[i + 1] * math.expm1(-h) * guess, x1_hat, h
     return x
+
+
+# Copied from 03_improved_training.py
+def u_shaped_times(n, a=4.0, device=None, antithetic=False):
+    """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+
+    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  Antithetic draws come as pairs t and
+    1 - t: odd errors about 1/2 cancel.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
+    """
+    y = torch.rand((n + 1) // 2 if antithetic else n, device=device)
+    y = torch.cat([y, 1 - y])[:n] if antithetic else y
+    return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
 
 
 # Copied from 02_reflow.py
@@ -436,7 +448,7 @@ def draw_stored(pairs, seed, prompts, dropout=0.0):
 def pair_loss(draw, config):
     """The loss_fn of reflow on draw(n) -> x0, x1, text."""
     batch = config.batch // process()[1]
-    return lambda model, ema, step: reflow_loss(as_velocity(model), *draw(batch))
+    return lambda model, ema, step: reflow_loss(as_velocity(model), *draw(batch), config.a)
 
 
 def distill_loss(draw, config, distance):
@@ -1971,6 +1983,7 @@ def save_pipeline(folder, modules, configs, tokenizer):
 def tiny_configs(config, vocabulary):
     """config.json of every part of the tiny model, under the names of diffusers and transformers."""
     cross, plain, levels = "CrossAttn{}Block2D", "{}Block2D", len(config.vae_channels)
+    groups = lambda widths: min(32, max(1, widths[0] // 4))     # of at least four channels: two would lose the colour
     kinds = [cross if reads else plain for reads in config.attention]
     text = dict(vocab_size=len(vocabulary), hidden_size=config.text_width, intermediate_size=4 * config.text_width,
                 num_hidden_layers=config.text_layers, num_attention_heads=config.heads, max_position_embeddings=77,
@@ -1978,11 +1991,11 @@ def tiny_configs(config, vocabulary):
                 eos_token_id=vocabulary["<|endoftext|>"], architectures=["CLIPTextModel"])
     unet = dict(_class_name="UNet2DConditionModel", sample_size=config.image_size >> levels - 1,
                 block_out_channels=config.channels, layers_per_block=config.blocks, attention_head_dim=config.heads,
-                cross_attention_dim=config.text_width, norm_num_groups=config.groups,
+                cross_attention_dim=config.text_width, norm_num_groups=groups(config.channels),
                 down_block_types=[kind.format("Down") for kind in kinds],
                 up_block_types=[kind.format("Up") for kind in reversed(kinds)])
     vae = dict(_class_name="AutoencoderKL", block_out_channels=config.vae_channels, layers_per_block=1,
-               latent_channels=4, norm_num_groups=config.groups, sample_size=config.image_size,
+               latent_channels=4, norm_num_groups=groups(config.vae_channels), sample_size=config.image_size,
                down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": SCHEDULER}))
 
