@@ -58,8 +58,8 @@ import lpips
 import numpy as np
 from PIL import Image, ImageOps
 from scipy.integrate import solve_ivp
-import torch
 from torch import nn
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -86,17 +86,18 @@ class Config:
     model: str = option("", "the teacher: a Stable Diffusion 1.x folder or repository (default: train a tiny one)")
     hub: str = option("https://huggingface.co", "where repositories are fetched from", free=True)
     prompts: str = option("", "text file, a prompt a line (default: the captions of the shapes)")
-    image_size: int = option(32, "side of the pictures in pixels", low=8, high=2048)
+    image_size: int = option(16, "side of the pictures in pixels", low=8, high=2048)
     data_size: int = option(20000, "captioned shapes that the tiny teacher learns from", low=2)
     seeds: int = option(1, "students trained from the one teacher", low=1, high=100, free=True)
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
     init: str = option("teacher", "2-RF's start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
     direct: bool = option(True, "also distil the teacher directly, without reflow, at the same budget")
-    vae_steps: int = option(600, "training steps of the tiny autoencoder", low=1)
-    vae_channels: tuple = option((8, 16, 32), "its widths; each but the first halves the picture", low=4)
+    vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
+    vae_channels: tuple = option((16, 32), "its widths; each but the first halves the picture", low=4)
     vae_lr: float = option(3e-3, "its peak learning rate", low=0.0)
-    kl: float = option(1e-4, "weight of its Kullback-Leibler term (Stable Diffusion: 1e-6)", low=0.0)
+    vae_batch: int = option(16, "pictures in a step of it", low=1)
+    kl: float = option(3e-3, "weight of its Kullback-Leibler term (Stable Diffusion: 1e-6)", low=0.0)
     steps: int = option(1500, "training steps of the tiny teacher and its text encoder", low=1)
     lr: float = option(3e-3, "its peak learning rate", low=0.0)
     channels: tuple = option((32, 64), "widths of its U-Net; each but the first halves the latents", low=4)
@@ -105,10 +106,10 @@ class Config:
     heads: int = option(4, "its attention heads, and those of the text encoder", low=1)
     text_width: int = option(32, "width of its text encoder", low=4)
     text_layers: int = option(1, "layers of its text encoder", low=1)
-    batch: int = option(32, "images in a step of autoencoder and teacher, over all processes", low=1)
+    batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
     guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=0.0, high=30.0)
     solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
-    pairs: int = option(2560, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
+    pairs: int = option(2048, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
@@ -144,7 +145,7 @@ class Config:
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                       # one GPU: the tiny chain at 64 x 64 with wider networks
-            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_lr=1e-3, channels=(128, 256, 256),
+            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, vae_lr=1e-3, channels=(128, 256, 256),
             attention=(1, 1, 0), blocks=2, heads=8, text_width=128, text_layers=2, batch=256, steps=10000, lr=1e-3,
             pairs=20000, shard=500, reflow_steps=(5000,), reflow_batch=(256,), distill_steps=(3000, 500),
             distill_batch=(256, 128), distill_solver_steps=25, student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999,
@@ -1110,13 +1111,10 @@ class CLIPTokenizer:
     def encode(self, prompt):
         """One prompt of any length -> list of token numbers, without start and end."""
         numbers = []
-        for piece in self.SPECIAL.split(prompt):
-            if self.SPECIAL.fullmatch(piece):
-                numbers.append(self.vocab[piece])
-            else:
-                text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
-                for word in self.words("".join(c.lower() for c in text)):    # by character: no final sigma
-                    numbers += self.bpe(word)
+        for i, piece in enumerate(self.SPECIAL.split(prompt)):               # every other piece is a special token
+            text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
+            text = "".join(c.lower() for c in text)        # character by character: no final sigma
+            numbers += [self.vocab[piece]] if i % 2 else [n for word in self.words(text) for n in self.bpe(word)]
         return numbers
 
     def words(self, text):
@@ -1148,7 +1146,7 @@ class CLIPTokenizer:
 
 
 def byte_letters():
-    """Byte -> the character that stands for it in a vocabulary, printable ones first: no file holds spaces or controls."""
+    """Byte -> the character that stands for it in a vocabulary, which thus holds neither spaces nor controls."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -1450,27 +1448,24 @@ class StackedUNet(nn.Module):
     """InstaFlow-1.7B's network [Liu+23 app. B]: the features of U-Net a enter b in place of b's conv_in's output.
 
     Inputs and output as UNet's.  a's output head and b's conv_in, the "In + Out block", are gone; nothing is shared.
-    It takes over the U-Nets it is given; without the second, b starts as a copy of a.
+    It takes over the U-Nets it is given; without the second, b starts as a copy of a.  checkpointing: as UNet's.
     """
 
     def __init__(self, unet_a=None, unet_b=None):
         super().__init__()
-        self.a = unet_a or UNet()
+        self.checkpointing, self.a = False, unet_a or UNet()
         self.b = unet_b or copy.deepcopy(self.a)
         width_a, width_b = self.a.conv_in.out_channels, self.b.conv_in.out_channels
         require(self.a is not self.b and width_a == width_b, f"one U-Net twice, or {width_a} and {width_b} channels")
         del self.a.conv_norm_out, self.a.conv_out, self.b.conv_in
 
-    @property
-    def checkpointing(self):
-        """UNet.checkpointing of both."""
-        return self.a.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, value):
-        self.a.checkpointing = self.b.checkpointing = value
+    @classmethod
+    def from_config(cls, config):
+        """Two U-Nets of this unet/config.json."""
+        return cls(UNet.from_config(config))
 
     def forward(self, x, timestep, text):
+        self.a.checkpointing = self.b.checkpointing = self.checkpointing
         h = self.a.body(self.a.conv_in(x), timestep, text)
         return self.b.head(self.b.body(h, timestep, text))
 
@@ -1737,21 +1732,21 @@ def load_safetensors(path):
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             require(entry["data_offsets"][0] == end, f"{name} does not begin where the tensor before it ends")
-            header[name], end = tensor_at(data, **entry), entry["data_offsets"][1]
+            header[name], end = tensor_at(data, entry), entry["data_offsets"][1]
         require(end == len(data), f"its tensors have {end} bytes, the file has {len(data)} for them")
         return header
     except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error, RuntimeError) as error:
         raise UserError(f"{path} is no readable safetensors file: {one_line(error)}") from None
 
 
-def tensor_at(data, dtype, shape, data_offsets):
+def tensor_at(data, entry):
     """The view of uint8 data (N,) that a header entry describes.  ValueError and the like if it describes nonsense."""
-    begin, end = data_offsets
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     require(dtype in DTYPES, f"unknown dtype {dtype}")
-    require(0 <= begin <= end <= len(data), f"offsets {data_offsets} lie outside the {len(data)} bytes of data")
+    require(0 <= begin <= end <= len(data), f"offsets {begin}, {end} lie outside the {len(data)} bytes of data")
     require(len(shape) <= 64 and all(isinstance(side, int) and 0 <= side < 2 ** 63 for side in shape), "bad shape")
     size = DTYPES[dtype].itemsize
-    require(math.prod(shape) * size == end - begin, f"shape {shape} of {dtype} does not fill offsets {data_offsets}")
+    require(math.prod(shape) * size == end - begin, f"shape {shape} of {dtype} does not fill {end - begin} bytes")
     view = data[begin:end]
     return (view.clone() if view.storage_offset() % size else view).view(DTYPES[dtype]).reshape(shape)
 
@@ -1940,13 +1935,15 @@ def load_pipeline(source, cache="runs/cache", base="https://huggingface.co", dty
     folder, repo = locate(source, cache)
     find = partial(find_file, folder, repo, base.rstrip("/"))
 
-    def part(name, cls, stem):
+    def part(name, cls, stem, bin_stem=None):
+        config = read_json(find(f"{name}/config.json"))
+        cls = StackedUNet if cls is UNet and config.get("_class_name") == "StackedUNet" else cls
         with torch.device("meta"):                         # no memory, no time: the weights come from the file
-            module = cls.from_config(read_json(find(f"{name}/config.json"))).to(dtype)
-        return load_weights(module, find(f"{name}/{stem[0]}.safetensors", f"{name}/{stem[-1]}.bin"))
+            module = cls.from_config(config).to(dtype)
+        return load_weights(module, find(f"{name}/{stem}.safetensors", f"{name}/{bin_stem or stem}.bin"))
     return Pipeline(CLIPTokenizer(find("tokenizer/vocab.json"), find("tokenizer/merges.txt")),
-                    part("text_encoder", CLIPTextEncoder, ("model", "pytorch_model")),
-                    part("unet", UNet, ("diffusion_pytorch_model",)), part("vae", VAE, ("diffusion_pytorch_model",)),
+                    part("text_encoder", CLIPTextEncoder, "model", "pytorch_model"),
+                    part("unet", UNet, "diffusion_pytorch_model"), part("vae", VAE, "diffusion_pytorch_model"),
                     read_json(find("scheduler/scheduler_config.json")), folder)
 
 
@@ -2402,8 +2399,8 @@ def check_settings(config):
         if len(steps) != len(batch) or name == "distill" and len(steps) != 2:
             raise UserError(f"--{name}-steps and --{name}-batch want {'two numbers' if name == 'distill' else 'as many'}"
                             f" each, got {len(steps)} and {len(batch)}")
-        if any(n % process()[1] for n in batch):
-            raise UserError(f"--{name}-batch {batch} cannot be shared evenly by {process()[1]} processes")
+        if any(n % process()[1] for n in (*batch, config.vae_batch)):
+            raise UserError(f"--{name}-batch or --vae-batch cannot be shared evenly by {process()[1]} processes")
     if config.model and not config.prompts:
         raise UserError("--model needs --prompts FILE, a text file with a prompt a line")
     if len(config.attention) != len(config.channels):
@@ -2427,10 +2424,10 @@ def tiny_teacher(images, captions, config, device, folder):
     fresh = Autoencoder(VAE.from_config(parts["vae"])), Captioned(
         UNet.from_config(parts["unet"]), CLIPTextEncoder.from_config(parts["text_encoder"]))
     autoencoder, captioned = (place(module, device) for module in fresh)
-    by_steps = partial(dataclasses.replace, config)
+    first = dataclasses.replace(config, steps=config.vae_steps, batch=config.vae_batch, lr=config.vae_lr)
     vae = stage(folder / "vae.pt", lambda: (fit(
-        autoencoder, autoencoder_loss(images, config), by_steps(steps=config.vae_steps, lr=config.vae_lr), folder, "vae",
-        1).model, settings), partial(load_like, autoencoder)).vae
+        autoencoder, autoencoder_loss(images, first), first, folder, "vae", 1).model, settings),
+        partial(load_like, autoencoder)).vae
     latents = torch.cat([encode_images(vae, x) for x in images.split(500)])
     vae.scale = parts["vae"]["scaling_factor"] = 1 / latents.std().item()
     latents *= vae.scale
