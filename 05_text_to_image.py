@@ -32,7 +32,6 @@ import json
 import math
 import mmap
 import os
-import pickle
 import platform
 import re
 import resource
@@ -58,8 +57,8 @@ import lpips
 import numpy as np
 from PIL import Image, ImageOps
 from scipy.integrate import solve_ivp
-from torch import nn
 import torch
+from torch import nn
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -125,7 +124,7 @@ class Config:
     warmup: int = option(50, "steps of linear warm-up", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", low=0.0)
     ema_decay: float = option(0.998, "decay of the averaged weights", low=0.0, high=1.0)
-    accumulate: int = option(1, "slices of a batch that are in memory one at a time", low=1, free=True)
+    micro_batch: int = option(0, "pairs in memory at a time, gradients accumulate; 0: a whole batch", low=0, free=True)
     checkpointing: bool = option(False, "recompute the U-Net's activations instead of keeping them", free=True)
     lpips_net: str = option("squeeze", "LPIPS backbone", choices=("vgg", "alex", "squeeze"))
     lpips_size: int = option(32, "pictures are resized to this side for LPIPS", low=32, high=1024)
@@ -145,16 +144,17 @@ class Config:
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                       # one GPU: the tiny chain at 64 x 64 with wider networks
-            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, vae_lr=1e-3, channels=(128, 256, 256),
-            attention=(1, 1, 0), blocks=2, heads=8, text_width=128, text_layers=2, batch=256, steps=10000, lr=1e-3,
-            pairs=20000, shard=500, reflow_steps=(5000,), reflow_batch=(256,), distill_steps=(3000, 500),
-            distill_batch=(256, 128), distill_solver_steps=25, student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999,
-            lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=5000, checkpoint_every=1000),
-        "paper": dict(                                     # [Liu+24], the final model: 199 days of one A100 as published
+            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, vae_lr=1e-3,
+            channels=(128, 256, 256), attention=(1, 1, 0), blocks=2, heads=8, text_width=128, text_layers=2, batch=256,
+            steps=10000, lr=1e-3, pairs=20000, shard=500, reflow_steps=(5000,), reflow_batch=(256,),
+            distill_solver_steps=25, distill_steps=(3000, 500), distill_batch=(256, 128), student_lr=4e-4,
+            lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained",
+            eval_size=5000, checkpoint_every=1000),
+        "paper": dict(                                     # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
             image_size=512, direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
             reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
-            distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6, lr_decay="constant",
-            warmup=1000, ema_decay=0.9999, accumulate=2, checkpointing=True, lpips_net="vgg", lpips_size=512,
+            distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
+            lr_decay="constant", warmup=1000, ema_decay=0.9999, micro_batch=8, lpips_net="vgg", lpips_size=512,
             lpips_weights="pretrained", eval_size=5000, checkpoint_every=1000),
     }
 
@@ -194,7 +194,7 @@ class EvaluateConfig(SampleConfig):
     count: int = option(5000, "captions used, one of every image", low=2)
     real: str = option("", "folder of real images for --fid")
     fid: bool = option(False, "FID of the samples against --real")
-    clip: str = option("", "CLIP checkpoint folder for the CLIP score (config.json, model.safetensors, vocab.json, ...)")
+    clip: str = option("", "CLIP folder for the CLIP score: config.json, model.safetensors, vocab.json, merges.txt")
     inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)")
     data_dir: str = option("data", "where the Inception network is kept")
     download: bool = option(False, "fetch the Inception network if missing")
@@ -215,7 +215,8 @@ def guided(velocity, scale):
     def flow(x, t, text, null=None):
         if scale == 1:
             return velocity(x, t, text)
-        v_null, v_text = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])).chunk(2)
+        both = torch.cat([null.expand_as(text), text])
+        v_null, v_text = velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return v_null + scale * (v_text - v_null)
     return flow
 
@@ -458,34 +459,34 @@ def distill_loss(draw, config, distance):
     return lambda model, ema, step: one_step_loss(as_velocity(model), *draw(batch), distance)
 
 
-def picture_distance(vae, perceptual, slices=1):
+def picture_distance(vae, perceptual, micro_batch=0):
     """The distance of two latents (B, C, h, w) that LPIPS sees between their pictures.  Returns (a, b) -> (B,)."""
     def distance(a, b):
         return perceptual(vae.decode(a / vae.scale), vae.decode(b / vae.scale))
-    return partial(in_slices, distance, slices)
+    return partial(in_slices, distance, micro_batch)
 
 
-def in_slices(function, count, *tensors):
-    """function(*tensors), a count-th of the batch at a time; of each slice only the output is kept in memory.
+def in_slices(function, size, *tensors):
+    """function(*tensors), `size` of the batch at a time (0: all); of each slice only the output is kept in memory.
 
     Gradient accumulation under a single backward: that pass computes a slice anew, differentiates it and forgets it.
     The gradients are those of the whole batch; the price is one more forward pass.
     """
-    if count == 1 or not torch.is_grad_enabled():
+    if not 0 < size < len(tensors[0]) or not torch.is_grad_enabled():
         return function(*tensors)
-    parts = zip(*(x.tensor_split(count) for x in tensors))
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts if len(part[0])])
+    parts = zip(*(x.split(size) for x in tensors))
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
 
 
 class Slices(nn.Module):
     """A network that takes its batch in slices; see in_slices."""
 
-    def __init__(self, network, count):
+    def __init__(self, network, size):
         super().__init__()
-        self.network, self.count = network, count
+        self.network, self.size = network, size
 
     def forward(self, *inputs):
-        return in_slices(self.network, self.count, *inputs)
+        return in_slices(self.network, self.size, *inputs)
 
 
 class Autoencoder(nn.Module):
@@ -682,7 +683,7 @@ def flow_map(network, prompts, *how):
 
 @torch.no_grad()
 def decode_latents(vae, x1):
-    """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1], in float32: bf16 is coarser than a grey level."""
+    """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
     return vae.decode(x1 / vae.scale).float().clamp(-1, 1)
 
 
@@ -704,15 +705,18 @@ class CaptionReader:
     """
 
     def __init__(self, size, radii=9, tolerance=0.15):
-        half = math.ceil(0.45 * (size - 2)) + 1
+        self.size = min(size, 32)                          # larger pictures are read at this size: it shows all
+        scale = (size - 2) * self.size / size
+        half = math.ceil(0.45 * scale) + 1
         x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
         covers = [(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
-                  for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, radii) * (size - 2)]
+                  for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, radii) * scale]
         self.templates, self.tolerance = torch.stack(covers, dim=1), tolerance     # (4 shapes, sizes, width, width)
         self.colours, self.grounds = (to_floats(torch.tensor(list(d.values()))) for d in (COLOURS, BACKGROUNDS))
 
     def __call__(self, images):
         """(B, 3, S, S) in [-1, 1] -> B captions, "" for what shows no shape."""
+        images = F.interpolate(images, (self.size, self.size), mode="area")
         return [caption for chunk in images.split(128) for caption in self.read(chunk)]
 
     def read(self, images):
@@ -2067,7 +2071,7 @@ def accelerate(model, config):
     device = next(model.parameters()).device
     if device.type == "cuda" and config.compile:
         model.compile(dynamic=False)                       # in place: state-dict keys stay clean
-    network = Slices(model, config.accumulate) if config.accumulate > 1 else model
+    network = Slices(model, config.micro_batch) if config.micro_batch else model
     if dist.is_initialized():
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
     return network, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -2376,11 +2380,6 @@ def stage(path, make, build):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Chain:
     """What every stage of a run needs."""
@@ -2394,25 +2393,24 @@ class Chain:
 
 def check_settings(config):
     """UserError, before anything is written, for settings that contradict each other."""
-    for name in ("reflow", "distill"):
+    for name, want in (("reflow", len(config.reflow_steps)), ("distill", 2)):
         steps, batch = getattr(config, f"{name}_steps"), getattr(config, f"{name}_batch")
-        if len(steps) != len(batch) or name == "distill" and len(steps) != 2:
-            raise UserError(f"--{name}-steps and --{name}-batch want {'two numbers' if name == 'distill' else 'as many'}"
-                            f" each, got {len(steps)} and {len(batch)}")
+        if not len(steps) == len(batch) == want:
+            raise UserError(f"--{name}-steps and --{name}-batch want {want} numbers, got {len(steps)}, {len(batch)}")
         if any(n % process()[1] for n in (*batch, config.vae_batch)):
             raise UserError(f"--{name}-batch or --vae-batch cannot be shared evenly by {process()[1]} processes")
+    if config.preset == "paper" and not config.model:
+        raise UserError("--preset paper needs --model: a Stable Diffusion 1.x folder or repository")
     if config.model and not config.prompts:
         raise UserError("--model needs --prompts FILE, a text file with a prompt a line")
     if len(config.attention) != len(config.channels):
         raise UserError(f"--attention wants a number for each of --channels: {len(config.channels)}")
     if config.image_size % 2 ** (len(config.vae_channels) - 1) and not config.model:
         raise UserError(f"--image-size {config.image_size} cannot be halved {len(config.vae_channels) - 1} times")
-
-
-def unwritten(build):
-    """build() without memory or time, to see whether its sizes make sense; UserError if not."""
-    with torch.device("meta"):
-        return build()
+    with torch.device("meta"):                             # no memory, no time: do the widths make sense?
+        parts = tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
+        VAE.from_config(parts["vae"]), UNet.from_config(parts["unet"])
+        CLIPTextEncoder.from_config(parts["text_encoder"])
 
 
 def tiny_teacher(images, captions, config, device, folder):
@@ -2494,11 +2492,14 @@ def print_memory(label, device):
         tqdm.write(f"{label:>8}  peak memory {peak:.1f} GB")
 
 
-def stored(chain, name, go, count, seed, dropout=0.0):
-    """Pairs by the map `go` in chain.folder/pairs/name, made if they are not there; returns their draw function."""
+def stored(chain, name, go, count, seed):
+    """Pairs by the map `go`, in chain.folder/pairs/name, made if they are not there.  Returns number -> draw function."""
     folder, config = chain.folder / "pairs" / name, chain.config
     make_pairs(go, folder, count, config, chain.shape, chain.device, seed)
-    return lambda n, dropout=dropout: draw_stored(Pairs(folder, n, config.shard, chain.shape), seed, chain.prompts, dropout)
+
+    def drawn_from(number, dropout=0.0):
+        return draw_stored(Pairs(folder, number, config.shard, chain.shape), seed, chain.prompts, dropout)
+    return drawn_from
 
 
 def students(chain, seed):
@@ -2506,10 +2507,7 @@ def students(chain, seed):
     config, teacher, prompts = chain.config, chain.pipe.unet, chain.prompts
     go = flow_map(Frozen(teacher, config), prompts, "dpm", config.solver_steps, config.guidance)
     pairs = stored(chain, "teacher", go, config.pairs * (1 + config.direct), seed_for(config.seed, 3))
-    start = copy.deepcopy(teacher)
-    if config.init == "negated":
-        for p in start.conv_out.parameters():
-            p.neg_()
+    start = negated(teacher) if config.init == "negated" else teacher
     draw = pairs(config.pairs, config.caption_dropout)
     phases = [(partial(pair_loss, draw), steps, batch, config.student_lr)
               for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
@@ -2527,11 +2525,19 @@ def students(chain, seed):
     return found
 
 
+def negated(unet):
+    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0."""
+    unet = copy.deepcopy(unet)
+    for p in unet.conv_out.parameters():
+        p.data.neg_()
+    return unet
+
+
 def distill_phases(chain, draw, steps):
     """First |.|^2 of latents, then LPIPS of pictures."""
     config = chain.config
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), chain.device)
-    seen = picture_distance(chain.pipe.vae, perceptual, config.accumulate)
+    seen = picture_distance(chain.pipe.vae, perceptual, config.micro_batch)
     return [(partial(distill_loss, draw, distance=squared), steps, config.distill_batch[0], config.student_lr),
             (partial(distill_loss, draw, distance=seen), config.distill_steps[1], config.distill_batch[1],
              config.lpips_lr)]
@@ -2633,10 +2639,6 @@ def teacher_pictures(chain):
     pairs = Pairs(chain.folder / "pairs" / "teacher", count, chain.config.shard, chain.shape)
     return torch.cat([decode_latents(chain.pipe.vae, pairs[i].to(chain.device)).cpu()
                       for i in torch.arange(count).split(chain.config.shard)])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# sample and evaluate: the same pipeline for a given model
 
 
 def open_model(config, device):
@@ -2751,7 +2753,7 @@ def evaluate_main(config):
             words = model.embed_texts(tokenizer([captions[i] for i in index]), tokenizer.end)
             scores += (model.embed_images(images.cpu()) * words).sum(1).tolist()
     half = len(seconds["text"]) > 1                        # the first batch also warms up
-    result = {"model": config.model, "captions": len(captions), "size": [8 * side for side in shape[1:]],
+    result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]],
               "steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
               "seconds per batch": {name: float(np.median(times[half:])) for name, times in seconds.items()}}
     if features:
