@@ -795,18 +795,6 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 
-# Copied from 01_rectified_flow.py
-def straightness(velocity, x0, steps=100):
-    """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22].
-
-    x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B;
-    0 means that one Euler step is exact.
-    """
-    path = integrate(velocity, x0, steps, "heun")
-    deviation = path.diff(dim=0) * steps - (path[-1] - path[0])        # (steps, B, *D): mean slope of a step - chord
-    return deviation.square().flatten(2).sum(2).mean().item()
-
-
 # Copied from 02_reflow.py
 class RandomFeatures(nn.Module):
     """Seeded random convolutional features (not FID): images (B, 3, S, S) in [-1, 1] -> features (B, 96).
@@ -1086,8 +1074,8 @@ class CLIPTokenizer:
     and leaves in .truncated how many prompts it cut.  UserError for files that are missing or something else.
     """
     SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's; \s has more
-    # Python's re knows no Unicode categories, so the text is matched through a copy with one class letter a character:
-    # L letter, N number, _ space, ' apostrophe, o anything else; a word is letters, or one number, or a run of others
+    # Python's re knows no Unicode categories, so words are found in a copy of the text, a letter for each character: L
+    # for letters, N for numbers, o for all but spaces and apostrophes.  A word: letters, or one number, or other things
     WORD = re.compile("L+|N|['o]+")
     SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
     CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
@@ -1380,7 +1368,7 @@ class UNet(nn.Module):
     def __init__(self, channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
                  context=768, in_channels=4, out_channels=4, groups=32):
         super().__init__()
-        require(len(channels) == len(attention), f"{len(channels)} channels, {len(attention)} attention flags")
+        require(len(channels) == len(attention) and channels[0] % 2 == 0, f"channels {channels}, attention {attention}")
         self.checkpointing, time, width, last = False, 4 * channels[0], channels[0], len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-5, time=time)
         transformer = partial(Transformer, heads=heads, context=context, groups=groups)
@@ -1703,14 +1691,14 @@ def tile(images):
 
 
 def one_line(error):
-    """An exception as the end of a one-line message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """An exception, or a name from somebody's file, as part of a one-line message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def first_three(names):
     """'7 (a, b, c, ...)'"""
     names = sorted(names)
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    return f"{len(names)} ({', '.join(map(one_line, names[:3]))}{', ...' * (len(names) > 3)})"
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -1779,7 +1767,8 @@ def read_tensors(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                             # torch.load has no common class for broken files
         raise UserError(f"{path} holds no readable weights: {one_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                                for name, tensor in tensors.items()):
         raise UserError(f"{path} holds something else than a dictionary of tensors")
     return tensors
 
@@ -1859,7 +1848,7 @@ def merge_delta(unet, base, target, scale=1.0):
 def download(url, path):
     """Fetch url to path, whole or not at all; returns False if the server has no such file.  UserError otherwise.
 
-    What has arrived is kept beside it in *.part; the next call asks for the rest, and starts over if it gets the whole.
+    What has arrived is kept in *.part.  The next call asks for the rest; a server may send the whole again instead.
     """
     path, part = Path(path), Path(f"{path}.part")
     try:
@@ -2415,7 +2404,10 @@ def check_settings(config):
 
 def tiny_teacher(images, captions, config, device, folder):
     """Autoencoder, then text encoder and diffusion model, from nothing; exported to folder/teacher."""
-    tokenizer = CLIPTokenizer(*write_vocabulary(sorted(set(captions)), folder / "tokenizer"))
+    if process()[0] == 0:
+        write_vocabulary(shape_captions(), folder / "tokenizer")
+    wait_for_all()
+    tokenizer = CLIPTokenizer(folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt")
     parts, settings = tiny_configs(config, tokenizer.vocab), dataclasses.asdict(config)
     images = to_device(images, device)
     torch.manual_seed(seed_for(config.seed, 0))            # the start weights of all three
@@ -2463,13 +2455,13 @@ def train_student(chain, name, seed, start, phases):
     """
     config, settings = chain.config, dataclasses.asdict(chain.config)
     for k, (loss_of, steps, batch, lr) in enumerate(phases):
-        changed = dataclasses.replace(config, steps=steps, batch=batch, lr=lr)
+        own = dataclasses.replace(config, steps=steps, batch=batch, lr=lr)
         label, stream = f"{name}-{seed}.{k + 1}", seed_for(seed, k, *name.encode())
 
         def make():
             student = place(copy.deepcopy(start), chain.device).train().requires_grad_(True)
             student.checkpointing = config.checkpointing
-            network = fit(student, loss_of(changed), changed, chain.folder, label, stream).model
+            network = fit(student, loss_of(own), own, chain.folder, label, stream).model
             print_memory(label, chain.device)
             return network, settings
         start = stage(chain.folder / f"{label}.pt", make, partial(load_like, start))
@@ -2612,7 +2604,7 @@ def main(config):
     check_settings(config)
     with rank_zero_first():
         images, _, captions = (None,) * 3 if config.model else shapes(config.data_size, config.image_size, config.seed)
-        texts = read_lines(config.prompts, "--prompts") if config.prompts else sorted(set(captions))
+        texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
         pipe = load_pipeline(config.model, base=config.hub) if config.model else None
         features, label = choose_features(config, device)
         Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights)      # a missing backbone fails here
