@@ -52,17 +52,17 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from einops import rearrange
 import lpips
 import numpy as np
-from PIL import Image, ImageOps
-from scipy.integrate import solve_ivp
 import torch
-from torch import nn
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 import torchvision
+from einops import rearrange
+from PIL import Image, ImageOps
+from scipy.integrate import solve_ivp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,12 +160,11 @@ class Config:
 
 
 @dataclass
-class SampleConfig:
-    """Settings of `sample`; a preset is what its kind of network wants."""
+class ModelConfig:
+    """What `sample` and `evaluate` have in common; a preset is what its kind of network wants."""
     preset: str = option("instaflow", "kind of network: one-step, 2-RF, or a diffusion model",
                          choices=("instaflow", "2-rf", "teacher"))
     model: str = option("", "folder in the layout of diffusers, or a repository owner/name of Hugging Face")
-    prompt: tuple = option(("",), "what to draw: one text or several")
     hub: str = option("https://huggingface.co", "where repositories are fetched from")
     negative: str = option("", "what not to draw: takes the empty text's place under guidance")
     solver: str = option("euler", "euler for a velocity, dpm for a diffusion model", choices=("euler", "dpm"))
@@ -173,23 +172,29 @@ class SampleConfig:
     guidance: float = option(1.0, "guidance; 1 is none", low=0.0, high=30.0)
     size: tuple = option((0,), "side in pixels, or height and width; 0 is the size the model was trained at", low=0,
                          high=4096)
-    count: int = option(4, "pictures of every prompt", low=1, high=10000)
     batch: int = option(4, "pictures made at a time", low=1)
     lora: tuple = option(("",), "LoRA files to merge, FILE or FILE:SCALE")
     delta: tuple = option(("",), "FROM TO: two models whose difference of weights is added to the U-Net")
-    interpolate: str = option("", "also write this GIF: a walk through the noises of the first prompt")
-    frames: int = option(12, "its frames between two noises", low=1, high=1000)
     seed: int = option(0, "seed of the noise", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"))
-    compile: bool = option(False, "torch.compile the networks (CUDA only)")
-    out: str = option("sample.png", "the contact sheet")
+    compile: bool = option(False, "torch.compile the U-Net (CUDA only)")
     presets: ClassVar = {"instaflow": {}, "2-rf": dict(steps=25, guidance=1.5),
                          "teacher": dict(solver="dpm", steps=25, guidance=7.5)}
 
 
 @dataclass
-class EvaluateConfig(SampleConfig):
-    """Settings of `evaluate`: those of `sample`, captions in place of prompts."""
+class SampleConfig(ModelConfig):
+    """Settings of `sample`."""
+    prompt: tuple = option(("",), "what to draw: one text or several")
+    count: int = option(4, "pictures of every prompt", low=1, high=10000)
+    out: str = option("sample.png", "the contact sheet")
+    interpolate: str = option("", "also write this GIF: a walk through the noises of the first prompt")
+    frames: int = option(12, "its frames between two noises", low=1, high=1000)
+
+
+@dataclass
+class EvaluateConfig(ModelConfig):
+    """Settings of `evaluate`."""
     captions: str = option("", "COCO's captions_*.json, or a text file with a caption a line")
     count: int = option(5000, "captions used, one of every image", low=2)
     real: str = option("", "folder of real images for --fid")
@@ -2485,7 +2490,7 @@ def print_memory(label, device):
 
 
 def stored(chain, name, go, count, seed):
-    """Pairs by the map `go`, in chain.folder/pairs/name, made if they are not there.  Returns number -> draw function."""
+    """Pairs by the map `go`, in chain.folder/pairs/name, made if missing.  Returns number -> draw function."""
     folder, config = chain.folder / "pairs" / name, chain.config
     make_pairs(go, folder, count, config, chain.shape, chain.device, seed)
 
