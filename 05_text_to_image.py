@@ -1965,8 +1965,11 @@ def save_pipeline(folder, modules, configs, tokenizer):
             save_safetensors(part / name / f"{stem}.safetensors", module.state_dict())
         for name, config in configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
+        end = "<|endoftext|>"
+        save_json(part / "tokenizer" / "tokenizer_config.json", dict(
+            tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token=end,
+            unk_token=end, pad_token=end))
         for name in ("vocab.json", "merges.txt"):
-            (part / "tokenizer").mkdir(exist_ok=True)
             shutil.copy(tokenizer / name, part / "tokenizer" / name)
         classes = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", scheduler="DPMSolverMultistepScheduler")
         index = {name: ["diffusers", kind] for name, kind in classes.items()}
