@@ -106,7 +106,7 @@ class Config:
     text_width: int = option(32, "width of its text encoder", low=4)
     text_layers: int = option(1, "layers of its text encoder", low=1)
     batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
-    guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=0.0, high=30.0)
+    guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=1.0, high=30.0)
     solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
     pairs: int = option(2048, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
@@ -114,7 +114,7 @@ class Config:
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
     reflow_steps: tuple = option((1000,), "training steps of 2-RF, one number a phase", low=1)
     reflow_batch: tuple = option((32,), "pairs in a step of each phase", low=1)
-    distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=0.0, high=30.0)
+    distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=1.0, high=30.0)
     distill_solver_steps: int = option(8, "its Euler steps", low=1, high=1000)
     distill_steps: tuple = option((500, 200), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
     distill_batch: tuple = option((32, 32), "pairs in a step of each", low=1)
@@ -169,7 +169,7 @@ class ModelConfig:
     negative: str = option("", "what not to draw: takes the empty text's place under guidance")
     solver: str = option("euler", "euler for a velocity, dpm for a diffusion model", choices=("euler", "dpm"))
     steps: int = option(1, "evaluations of the network (twice as many with guidance)", low=1, high=999)
-    guidance: float = option(1.0, "guidance; 1 is none", low=0.0, high=30.0)
+    guidance: float = option(1.0, "guidance; 1 or less is none", low=0.0, high=30.0)
     size: tuple = option((0,), "side in pixels, or height and width; 0 is the size the model was trained at", low=0,
                          high=4096)
     batch: int = option(4, "pictures made at a time", low=1)
@@ -673,8 +673,9 @@ def carry(network, x0, text, null, solver, steps, guidance=1.0):
     """Where a network carries the noise x0 (B, C, h, w) under the text (B, L, C): x1, after `steps` steps.
 
     solver: "euler" for a velocity, "dpm" for a diffusion model, "ddim" for a diffusion model read as a velocity.
+    guidance: 1 or less is none, as in InstaFlow's pipeline, which is told 0.
     """
-    field = guided(as_velocity(network) if solver == "euler" else network, guidance)
+    field = guided(as_velocity(network) if solver == "euler" else network, max(1.0, guidance))
     flow = partial(field, text=text, null=null)
     if solver == "dpm":
         return dpm_solver(flow, x0, steps)
@@ -1565,14 +1566,16 @@ class CLIP(CLIPTextEncoder):
         """From config.json and model.safetensors (or pytorch_model.bin) of a public checkpoint, with its tokenizer."""
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        try:
+        try:                                               # files leave out what equals the format's defaults
+            base = dict(num_hidden_layers=12, hidden_act="quick_gelu")
+            written = base | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408,
+                                  max_position_embeddings=77) | config["text_config"]
+            seen = base | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224,
+                               patch_size=32) | config["vision_config"]
             text, image = (dict(width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-                                inner=c["intermediate_size"], act=c.get("hidden_act", "quick_gelu"))
-                           for c in (config["text_config"], config["vision_config"]))
-            text |= dict(vocab=config["text_config"]["vocab_size"],
-                         length=config["text_config"]["max_position_embeddings"])
-            vision = config["vision_config"]
-            model = cls(text, image, vision["image_size"], vision["patch_size"], config["projection_dim"])
+                                inner=c["intermediate_size"], act=c["hidden_act"]) for c in (written, seen))
+            text |= dict(vocab=written["vocab_size"], length=written["max_position_embeddings"])
+            model = cls(text, image, seen["image_size"], seen["patch_size"], config.get("projection_dim", 512))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder}/config.json describes no CLIP with two towers: {one_line(error)}") from None
         weights = folder / "model.safetensors"
@@ -1654,13 +1657,18 @@ def contact_sheet(images, columns):
     return Image.fromarray(np.concatenate(rows))
 
 
+def picture_format(path):
+    """Pillow's name of the format that the suffix of a file asks for; UserError if there is none."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"cannot write {path}: name a picture, such as {Path(path).stem or 'sample'}.png")
+    return kind
+
+
 def save_picture(image, path, **options):
     """A Pillow image, written whole; the suffix of the name is the format."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind is None:
-        raise UserError(f"cannot write {path}: name a picture, such as {Path(path).stem or 'sample'}.png")
     with replacing(path) as part:
-        image.save(part, format=kind, **options)
+        image.save(part, format=picture_format(path), **options)
 
 
 # Copied from 01_rectified_flow.py
@@ -2624,7 +2632,7 @@ def main(config):
         place(module, device).eval().requires_grad_(False)
     pipe.vae.checkpointing = config.checkpointing
     factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
-    shape = pipe.unet.conv_in.in_channels, *[config.image_size // factor] * 2
+    shape = pipe.vae.post_quant_conv.in_channels, *[config.image_size // factor] * 2
     chain = Chain(config, device, folder, pipe, Prompts(pipe, texts), shape)
     networks = [students(chain, seed) for seed in range(config.seeds)]
     if process()[0] == 0:
@@ -2675,7 +2683,7 @@ def latent_shape(pipe, config):
     sides = [side or own * factor for side in (config.size * 2)[:2]]
     if any(side % factor for side in sides):
         raise UserError(f"--size {' '.join(map(str, config.size))}: sides must be divisible by {factor}")
-    return pipe.unet.conv_in.in_channels, *(side // factor for side in sides)
+    return pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
 
 
 def draw_prompts(pipe, go, shape, config, device, numbers):
@@ -2691,11 +2699,13 @@ def draw_prompts(pipe, go, shape, config, device, numbers):
 def sample_main(config):
     """`sample`: prompts to pictures on a contact sheet, and perhaps a film."""
     device = choose_device(config)
-    if not any(text.strip() for text in config.prompt):
+    if config.model and not any(text.strip() for text in config.prompt):
         raise UserError('--prompt "..." is missing or empty: what shall be drawn?')
+    for path in filter(None, (config.out, config.interpolate)):
+        picture_format(path)                               # a wrong name fails here, not after the work
     pipe = open_model(config, device)
     shape, prompts = latent_shape(pipe, config), Prompts(pipe, [*config.prompt], config.negative)
-    if config.negative and config.guidance == 1:
+    if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
     network, started = Frozen(pipe.unet, config), time.perf_counter()
     go = flow_map(network, prompts, config.solver, config.steps, config.guidance)
