@@ -1,0 +1,1118 @@
+"""Chapter 5's networks are Stable Diffusion 1.x: the same numbers, names and tokens as diffusers and transformers give.
+
+Those two packages are references only (tests/requirements.txt); the rest compares with the safetensors package, with a
+server on this machine, and with the definitions of LoRA and of weight differences.
+"""
+
+import functools
+import itertools
+import json
+import os
+import random
+import struct
+import threading
+import unicodedata
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")     # references come from code, never from the network
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import load
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+
+chapter = load("05_text_to_image")
+UserError = chapter.UserError
+
+
+def settings(model):
+    """A reference's configuration as its config.json holds it."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    return json.loads(json.dumps(config))
+
+
+@torch.no_grad()
+def fill(model, seed=0):
+    """Every parameter random, so that none hides behind a zero or a one; activations stay of size one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        spread = 0.1 if p.dim() < 2 or "embedding.weight" in name else p[0].numel() ** -0.5
+        scale_of_norm = p.dim() < 2 and "norm" in name and "weight" in name
+        p.copy_(spread * torch.randn(p.shape, generator=generator) + scale_of_norm)
+    return model.eval()
+
+
+def twin(reference, cls):
+    """Our module of the reference's configuration and weights; the names must agree exactly."""
+    ours = cls.from_config(settings(reference))
+    state = reference.state_dict()
+    if cls is chapter.CLIPTextEncoder:       # transformers 5 keeps its modules without the prefix that the files have
+        state = {name if name.startswith("text_model.") else "text_model." + name: t for name, t in state.items()}
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in state.items()}
+    ours.load_state_dict(state)
+    return ours.to(next(reference.parameters()).dtype)
+
+
+def noise(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_close(ours, reference):
+    """1e-5 of the largest value in float32; far less in float64, which shows even another epsilon in a norm."""
+    tolerance = 1e-5 if reference.dtype == torch.float32 else 1e-9
+    assert ours.shape == reference.shape and ours.dtype == reference.dtype
+    assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def one_line(error):
+    """The message of a UserError, which must be one line."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# U-Net
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reference_unet(channels=(8, 16), layers=1, attention=(True, False), heads=2, context=12, groups=4, seed=0, **more):
+    kinds = [["DownBlock2D", "CrossAttnDownBlock2D"][reads] for reads in attention]
+    return fill(diffusers.UNet2DConditionModel(
+        block_out_channels=channels, layers_per_block=layers, attention_head_dim=heads, cross_attention_dim=context,
+        norm_num_groups=groups, down_block_types=kinds,
+        up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)], **more), seed)
+
+
+UNETS = {
+    "as SD": dict(channels=(8, 16, 24, 24), layers=2, attention=(True, True, True, False)),
+    "three levels, other channels": dict(channels=(8, 24, 16), attention=(True, False, True), heads=4, in_channels=5,
+                                         out_channels=3, context=7),
+    "one level": dict(channels=(16,), layers=3, attention=(True,), heads=1, groups=16),
+    "text in the middle only": dict(channels=(12, 24), layers=2, attention=(False, False), heads=3, groups=3),
+}
+SIZES = [(8, 8), (16, 8), (9, 13), (7, 5), (1, 3)]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", UNETS)
+@torch.no_grad()
+def test_unet_equals_diffusers(name, dtype):
+    reference = reference_unet(**UNETS[name]).to(dtype)
+    ours = twin(reference, chapter.UNet)
+    for i, (h, w) in enumerate(SIZES):
+        x = noise(2, reference.config.in_channels, h, w, dtype=dtype, seed=i)
+        text = noise(2, 6 + i, reference.config.cross_attention_dim, dtype=dtype, seed=i)
+        for time in (torch.tensor([1000.0, 0.0]), torch.tensor([37.25, 999.0])):
+            assert_close(ours(x, time, text), reference(x, time, text).sample)
+
+
+@torch.no_grad()
+def test_unet_in_bfloat16_computes_its_angles_in_float32():
+    unet = fill(chapter.UNet((64, 64), 1, (True, False), 2, 12)).bfloat16()
+    angle = (1000.0 * 10000.0 ** (-torch.arange(32) / 32.0)).double()
+    expected = torch.cat([angle.cos(), angle.sin()])[None]
+    seen = []
+    unet.time_embedding["linear_1"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    unet(noise(1, 4, 4, 4).bfloat16(), torch.tensor([1000.0]), noise(1, 5, 12).bfloat16())
+    assert seen[0].dtype == torch.bfloat16 and (seen[0].double() - expected).abs().max() < 5e-3
+
+
+def test_time_embedding_facts():
+    """At timestep 1000 and 320 channels the first entry is cos(1000), entry 160 sin(1000)."""
+    with torch.device("meta"):
+        unet = chapter.UNet()
+    unet.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(320, 320), "linear_2": nn.Linear(320, 320)})
+    seen = []
+    unet.time_embedding["linear_1"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0]))
+    unet.embed(torch.tensor([1000.0]))
+    assert seen[0].shape == (320,)
+    assert seen[0][0].item() == pytest.approx(0.562379, abs=1e-6)
+    assert seen[0][160].item() == pytest.approx(0.826880, abs=1e-6)
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    output = model(*inputs)
+    output.square().sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_checkpointing_recomputes_and_changes_nothing(stacked):
+    model = fill(chapter.UNet((8, 16), 1, (True, False), 2, 12, groups=4))
+    model = chapter.StackedUNet(model) if stacked else model
+    inputs = noise(2, 4, 7, 8), torch.tensor([1000.0, 3.0]), noise(2, 5, 12)
+    calls, resnet = [], next(m for m in model.modules() if isinstance(m, chapter.ResBlock))
+    resnet.register_forward_hook(lambda *_: calls.append(1))
+    output, plain = gradients(model, inputs)
+    assert len(calls) == 1
+    model.checkpointing = True
+    again, checkpointed = gradients(model, inputs)
+    assert len(calls) == 3 and torch.equal(output, again)
+    for name in plain:
+        assert plain[name].abs().max() > 0, name
+        torch.testing.assert_close(checkpointed[name], plain[name], msg=name)
+    with torch.no_grad():
+        model(*inputs)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("cls, parameters, tensors", [
+    ("UNet", 859_520_964, 686), ("VAE", 83_653_863, 248), ("CLIPTextEncoder", 123_060_480, 196),
+    ("StackedUNet", 1_719_017_924, 2 * 686 - 6)])
+def test_counts_at_full_size(cls, parameters, tensors):
+    with torch.device("meta"):
+        model = getattr(chapter, cls)()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert len(model.state_dict()) == len(list(model.parameters())) == tensors
+
+
+def test_parts_of_the_counts_at_full_size():
+    with torch.device("meta"):
+        unet, vae = chapter.UNet(), chapter.VAE()
+    parts = {"conv_in": 11_840, "time_embedding": 2_050_560, "down_blocks.0": 10_524_480, "down_blocks.1": 36_818_560,
+             "down_blocks.2": 139_992_320, "down_blocks.3": 62_277_120, "mid_block": 97_038_080,
+             "up_blocks.0": 162_241_280, "up_blocks.1": 258_330_880, "up_blocks.2": 71_413_120,
+             "up_blocks.3": 18_810_560, "conv_norm_out": 640, "conv_out": 11_524}
+    for name, size in parts.items():
+        assert sum(p.numel() for p in unet.get_submodule(name).parameters()) == size, name
+    for name, size in {"encoder": 34_163_592, "decoder": 49_490_179, "quant_conv": 72, "post_quant_conv": 20}.items():
+        assert sum(p.numel() for p in vae.get_submodule(name).parameters()) == size, name
+
+
+def test_full_size_names_equal_the_references():
+    """The names and shapes of all 686 + 248 + 196 tensors, from the references' configurations of SD 1.5."""
+    unet = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8}
+    blocks = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+              "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    clip = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    with torch.device("meta"):
+        for reference, ours in [(diffusers.UNet2DConditionModel(**unet), chapter.UNet()),
+                                (diffusers.AutoencoderKL(**blocks), chapter.VAE()),
+                                (transformers.CLIPTextModel(clip), chapter.CLIPTextEncoder())]:
+            built = twin_shapes(reference, type(ours))
+            assert built == {name: t.shape for name, t in ours.state_dict().items()}
+
+
+def twin_shapes(reference, cls):
+    """Names and shapes of a reference and of ours from its configuration, which must agree."""
+    prefix = "text_model." if cls is chapter.CLIPTextEncoder else ""
+    theirs = {prefix + name.removeprefix(prefix): t.shape for name, t in reference.state_dict().items()}
+    assert {n: t.shape for n, t in cls.from_config(settings(reference)).state_dict().items()} == theirs
+    return theirs
+
+
+@torch.no_grad()
+def test_stacked_unet_chains_two_unets_without_the_seam():
+    a, b = (fill(chapter.UNet((8, 16), 1, (True, False), 2, 12, groups=4), seed) for seed in (1, 2))
+    x, time, text = noise(2, 4, 8, 8), torch.tensor([1000.0, 20.0]), noise(2, 5, 12)
+    seen = {}
+    a.conv_norm_out.register_forward_pre_hook(lambda module, inputs: seen.update(features=inputs[0]))
+    a(x, time, text)
+    b.conv_in.register_forward_hook(lambda module, inputs, output: seen["features"])     # replaces b's first features
+    expected = b(x, time, text)
+    names = {"a." + n for n in a.state_dict() if not n.startswith(("conv_norm_out", "conv_out"))}
+    names |= {"b." + n for n in b.state_dict() if not n.startswith("conv_in")}
+    stacked = chapter.StackedUNet(a, b)
+    assert set(stacked.state_dict()) == names
+    assert torch.equal(stacked(x, time, text), expected)
+
+
+def test_stacked_unet_of_one_unet_starts_with_two_copies():
+    unet = fill(chapter.UNet((8, 16), 1, (True, False), 2, 12, groups=4))
+    stacked = chapter.StackedUNet(unet)
+    a, b = stacked.a.mid_block.resnets[0].conv1.weight, stacked.b.mid_block.resnets[0].conv1.weight
+    assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    with pytest.raises(ValueError):
+        twice = chapter.UNet((8,), 1, (True,), 2, 12, groups=4)
+        chapter.StackedUNet(twice, twice)
+    with pytest.raises(ValueError):
+        chapter.StackedUNet(*(chapter.UNet((c,), 1, (True,), 2, 12, groups=4) for c in (8, 12)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VAE and text encoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reference_vae(channels=(8, 16), layers=1, groups=4, seed=0, **more):
+    return fill(diffusers.AutoencoderKL(
+        block_out_channels=channels, layers_per_block=layers, norm_num_groups=groups,
+        down_block_types=["DownEncoderBlock2D"] * len(channels), up_block_types=["UpDecoderBlock2D"] * len(channels),
+        **more), seed)
+
+
+VAES = {
+    "as SD": dict(channels=(8, 16, 24, 24), layers=2),
+    "two levels, three latents": dict(channels=(8, 4), layers=1, latent_channels=3, scaling_factor=0.7),
+    "one level": dict(channels=(6,), layers=3, groups=2, latent_channels=1),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_vae_equals_diffusers(name, dtype):
+    reference = reference_vae(**VAES[name]).to(dtype)
+    ours = twin(reference, chapter.VAE)
+    assert ours.scale == reference.config.scaling_factor
+    for i, (h, w) in enumerate([(16, 24), (17, 23), (8, 9)]):
+        x = noise(2, 3, h, w, dtype=dtype, seed=i)
+        x[1] *= 10
+        mean, logvar = ours.encode(x)
+        expected = reference.encode(x).latent_dist
+        assert_close(mean, expected.mean)
+        assert_close(logvar, expected.logvar)
+        z = noise(*mean.shape, dtype=dtype, seed=i)
+        assert_close(ours.decode(z), reference.decode(z).sample)
+
+
+@torch.no_grad()
+def test_vae_clamps_the_log_variance():
+    reference = reference_vae()
+    reference.quant_conv.weight *= 1000
+    x = noise(1, 3, 8, 8)
+    _, logvar = twin(reference, chapter.VAE).encode(x)
+    assert logvar.min() == -30 and logvar.max() == 20
+    assert torch.equal(logvar, reference.encode(x).latent_dist.logvar)
+
+
+def test_vae_checkpointing_changes_no_gradient():
+    vae, z = fill(chapter.VAE((8, 16), 1, groups=4)), noise(1, 4, 5, 4)
+    grads = []
+    for vae.checkpointing in (False, True):
+        vae.zero_grad()
+        vae.decode(z).square().sum().backward()
+        grads.append([p.grad.clone() for p in vae.decoder.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+TEXT_ENCODERS = {
+    "quick_gelu": dict(vocab_size=99, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3),
+    "gelu": dict(vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+                 max_position_embeddings=20, hidden_act="gelu"),
+}
+
+
+def reference_text_encoder(name="gelu", **config):
+    config = TEXT_ENCODERS[name] | config
+    config |= {"eos_token_id": config["vocab_size"] - 1, "bos_token_id": config["vocab_size"] - 2}
+    return fill(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
+@torch.no_grad()
+def test_text_encoder_equals_transformers(name, dtype):
+    reference = reference_text_encoder(name).to(dtype)
+    ours = twin(reference, chapter.CLIPTextEncoder)
+    for length in (reference.config.max_position_embeddings, 5):
+        tokens = (noise(3, length).abs() * 100).long() % reference.config.vocab_size
+        assert_close(ours(tokens), reference(tokens).last_hidden_state)
+
+
+@pytest.mark.parametrize("cls, build, change, words", [
+    ("UNet", reference_unet, {"use_linear_projection": True}, "use_linear_projection"),
+    ("UNet", reference_unet, {"act_fn": "gelu"}, "act_fn"),
+    ("UNet", reference_unet, {"norm_eps": 1e-6}, "norm_eps"),
+    ("UNet", reference_unet, {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
+    ("UNet", reference_unet, {"attention_head_dim": [2, 4]}, "UNet"),
+    ("UNet", reference_unet, {"attention_head_dim": 3}, "3 heads"),
+    ("UNet", reference_unet, {"norm_num_groups": 5}, "UNet"),
+    ("UNet", reference_unet, {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+    ("UNet", reference_unet, {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "up_block_types"),
+    ("UNet", reference_unet, {"block_out_channels": [8, 16, 16]}, "UNet"),
+    ("UNet", reference_unet, {"block_out_channels": []}, "UNet"),
+    ("UNet", reference_unet, {"block_out_channels": [9, 18], "norm_num_groups": 3, "attention_head_dim": 3}, "9, 18"),
+    ("UNet", reference_unet, {"mid_block_type": None}, "mid_block_type"),
+    ("UNet", reference_unet, {"a_setting_of_next_year": 3}, "a_setting_of_next_year"),
+    ("VAE", reference_vae, {"use_quant_conv": False}, "use_quant_conv"),
+    ("VAE", reference_vae, {"in_channels": 1}, "in_channels"),
+    ("VAE", reference_vae, {"shift_factor": 0.1}, "shift_factor"),
+    ("VAE", reference_vae, {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
+    ("VAE", reference_vae, {"block_out_channels": 7}, "VAE"),
+    ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_act": "silu"}, "silu"),
+    ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
+    ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_size": 15}, "15 channels"),
+])
+def test_settings_that_are_not_ours_are_refused(cls, build, change, words):
+    config = settings(build())
+    getattr(chapter, cls).from_config(config)
+    with pytest.raises(UserError) as error:
+        getattr(chapter, cls).from_config(config | change)
+    assert words in one_line(error)
+
+
+def test_old_configs_without_the_newer_settings_mean_the_defaults():
+    """Stable Diffusion 1.4's unet/config.json and vae/config.json as first published, at small widths."""
+    unet = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.2.2", "act_fn": "silu",
+            "attention_head_dim": 2, "block_out_channels": [8, 16], "center_input_sample": False,
+            "cross_attention_dim": 12, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
+            "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 4, "out_channels": 4, "sample_size": 64,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    vae = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.2.2", "act_fn": "silu",
+           "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "in_channels": 3,
+           "latent_channels": 4, "layers_per_block": 1, "out_channels": 3, "sample_size": 512, "norm_num_groups": 4,
+           "up_block_types": ["UpDecoderBlock2D"] * 2}
+    twin_of = {chapter.UNet: diffusers.UNet2DConditionModel(**{k: v for k, v in unet.items() if k[0] != "_"}),
+               chapter.VAE: diffusers.AutoencoderKL(**{k: v for k, v in vae.items() if k[0] != "_"})}
+    for cls, reference in twin_of.items():
+        ours = cls.from_config({chapter.UNet: unet, chapter.VAE: vae}[cls])
+        assert {n: t.shape for n, t in ours.state_dict().items()} == {
+            n: t.shape for n, t in reference.state_dict().items()}
+    assert chapter.VAE.from_config(vae).scale == 0.18215
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORDS = ("photograph astronaut riding horse hyper realistic cute cat don't we'll they're naïve café straße ŵyddfa "
+         "Ελλάδα σοφός кошка на лошади 日本語 写真 猫 한국어 사진 ไทย हिन्दी שלום العربية 🐈 🚀 👩‍🚀 👍🏽 🇫🇷 ... --- !? "
+         ":-) 100 2026 x² ½ Ⅳ ٣٤").split()
+PIECES = WORDS + [
+    "'s", "'S", "'t", "'re", "'RE", "'ve", "'m", "'ll", "'d", "'", "''", "'x", "’s", "'sat", "!'s", "x's's", "'l",
+    "'r", "0", "42", "3.14", "1,000", "²", "Ⅳ", "½", "٣", "१", "①", "e\u0301", "\u0301", "A\u030a", "q\u0323\u0307",
+    "\ufb01", "\u212b", "각", "\u1100\u1161\u11a8", "\u0958", "İ", "ΣΑΣ", "ΟΔΟΣ Σ", "ǅ", "ẞ", "\u212a", "\u2126", "Ꮳ",
+    "ᏸ", "𐐀", "𝔘𝔫𝔦", "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|> ", "<|endoftext", "|>", "</w>", "a</w>", "<",
+    ">", "#version", " ", "  ", "\t", "\n", "\r\n", "\x0b", "\x0c", "\x00", "\x01", "\x1b", "\x1c", "\x1d", "\x1e",
+    "\x1f", "\x7f", "\x85", "\xa0", "\xad", "\u1680", "\u180e", "\u2003", "\u200b", "\u200c", "\u200d", "\u2028",
+    "\u2029", "\u202f", "\u205f", "\u2060", "\u3000", "\ufeff", "\ufe0f", "\u20e3", "_", "__a_b", "A.B,C", "C++",
+    "@user", "#tag", "(a)", "\\", "\"q\"", "…", "—", "«»", "￼", "\ue000", "\U000f0000", "\U000e0041"]
+ASSIGNED = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cs", "Cn", "Co")]
+
+
+def random_string(rng):
+    """A mixture of the pieces above, random letters and random characters from all of Unicode."""
+    def piece():
+        kind = rng.random()
+        if kind < 0.6:
+            return rng.choice(PIECES)
+        if kind < 0.8:
+            return "".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9)))
+        return "".join(rng.choices(ASSIGNED, k=rng.randint(1, 4)))
+    return rng.choice(["", " "]).join(piece() for _ in range(rng.randint(0, 40)))
+
+
+def learn_merges(words, count):
+    """Byte-pair encoding by its definition: again and again, join the pair that is most frequent."""
+    spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str      # bytes as printable letters
+    texts = [spell(word.lower())[0][0] for word in words]
+    texts = [[*text[:-1], text[-1] + "</w>"] for text in texts]
+    merges = []
+    for _ in range(count):
+        pairs = Counter(pair for text in texts for pair in zip(text, text[1:]))
+        if not pairs:
+            break
+        merges.append(best := max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for text in texts:
+            i = 0
+            while i < len(text) - 1:
+                if (text[i], text[i + 1]) == best:
+                    text[i:i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+@functools.cache
+def vocabulary():
+    """A vocabulary as the public one is ordered: bytes, bytes that end a word, merges, the two special tokens."""
+    rng, alphabet = random.Random(0), sorted(ByteLevel.alphabet())
+    assert len(alphabet) == 256
+    corpus = WORDS * 3 + ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(600)]
+    merges = learn_merges(corpus, 400)
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def write_vocabulary(folder):
+    vocab, merges = vocabulary()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return chapter.CLIPTokenizer(*write_vocabulary(tmp_path))
+
+
+def reference_tokens(texts, **options):
+    reference = transformers.CLIPTokenizer(vocab=vocabulary()[0], merges=vocabulary()[1])
+    return reference(texts, **options)["input_ids"]
+
+
+def test_tokenizer_equals_transformers_on_2000_strings(tokenizer):
+    rng = random.Random(1)
+    texts = PIECES + [random_string(rng) for _ in range(2000 - len(PIECES))]
+    expected = reference_tokens(texts)
+    for text, row in zip(texts, expected):
+        assert [tokenizer.start, *tokenizer.encode(text), tokenizer.end] == row, ascii(text)
+    expected = reference_tokens(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(tokenizer(texts), expected)
+    assert 100 < tokenizer.truncated == sum(len(row) > 77 for row in reference_tokens(texts)) < 1900
+
+
+def test_tokenizer_knows_every_letter_of_unicode(tokenizer):
+    """Every assigned character, twelve to a string, so that category and case of each are right."""
+    texts = ["a".join(ASSIGNED[i:i + 12]) for i in range(0, len(ASSIGNED), 12) if not 0x5000 < ord(ASSIGNED[i]) < 0xd000
+             and not 0x17200 < ord(ASSIGNED[i]) < 0x1b000 and ord(ASSIGNED[i]) < 0x20000]
+    for text, row in zip(texts, reference_tokens(texts)):
+        assert [tokenizer.start, *tokenizer.encode(text), tokenizer.end] == row, ascii(text)
+
+
+def test_tokenizer_pads_with_the_end_and_counts_what_it_cuts(tokenizer):
+    rows = tokenizer(["", "cat", "cat " * 75, "cat " * 76])
+    (cat,) = tokenizer.encode("cat")
+    start, end = tokenizer.start, tokenizer.end
+    assert rows.dtype == torch.int64 and rows.tolist() == [
+        [start] + [end] * 76, [start, cat] + [end] * 75, [start] + [cat] * 75 + [end], [start] + [cat] * 75 + [end]]
+    assert tokenizer.truncated == 1
+    assert tokenizer([]).shape == (0, 77) and tokenizer.truncated == 0
+
+
+def test_tokenizer_of_a_small_vocabulary_has_no_unknown_letters(tmp_path):
+    (tmp_path / "v").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b</w>": 3, "ab</w>": 4}))
+    (tmp_path / "m").write_text("a b</w>\n")               # without the header line
+    tokenizer = chapter.CLIPTokenizer(tmp_path / "v", tmp_path / "m", length=6)
+    assert tokenizer(["ab AAB", "c"]).tolist() == [[0, 4, 2, 4, 1, 1], [0, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("vocab, merges", [
+    (None, "a b"), ("{", "a b"), ("[1]", "a b"), ('{"a": 1}', "a b"), ("[" * 100000, "a b"), (b"\xff\xfe", "a b"),
+    ('{"<|startoftext|>": 0, "<|endoftext|>": "x"}', "a b"), ('{"<|startoftext|>": 0, "<|endoftext|>": 1}', "a b c"),
+    ('{"<|startoftext|>": 0, "<|endoftext|>": 1}', None), ('{"<|startoftext|>": 0, "<|endoftext|>": 1}', b"\xff")])
+def test_broken_vocabularies_are_one_line(tmp_path, vocab, merges):
+    for name, content in (("v", vocab), ("m", merges)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        chapter.CLIPTokenizer(tmp_path / "v", tmp_path / "m")
+    one_line(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+SAFE_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+               torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64,
+               torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def tensors_of_all_kinds():
+    tensors = {str(dtype): (10 * noise(3, 5)).to(dtype) for dtype in SAFE_DTYPES}
+    return tensors | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 7), "empty half": torch.zeros(3, 0).half(),
+                      "umlaut ü, \"quoted\"": torch.arange(3), "odd bytes": torch.arange(3, dtype=torch.uint8)}
+
+
+def assert_same_tensors(ours, reference):
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape, name
+        assert bytes(raw(ours[name])) == bytes(raw(tensor)), name
+
+
+def raw(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "a" * 3: "text"}])
+def test_load_safetensors_reads_what_the_package_writes(tmp_path, metadata):
+    tensors = tensors_of_all_kinds()
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
+    before = (tmp_path / "x.safetensors").read_bytes()
+    loaded = chapter.load_safetensors(tmp_path / "x.safetensors")
+    assert_same_tensors(loaded, tensors)
+    for tensor in loaded.values():
+        tensor.zero_()                                     # the tensors are the caller's, the file stays
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+
+
+def test_save_safetensors_writes_what_the_package_reads(tmp_path):
+    tensors = tensors_of_all_kinds() | {"transposed": noise(3, 4).T, "parameter": nn.Parameter(noise(2, 2))}
+    chapter.save_safetensors(tmp_path / "new" / "x.safetensors", tensors)
+    assert_same_tensors(safetensors.torch.load_file(tmp_path / "new" / "x.safetensors"), tensors)
+    assert_same_tensors(chapter.load_safetensors(tmp_path / "new" / "x.safetensors"), tensors)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+
+
+def safetensors_bytes(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(begin, end, dtype="U8", shape=None):
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+HOSTILE = {
+    "empty file": b"",
+    "seven bytes": b"\x01" * 7,
+    "header longer than the file": safetensors_bytes({}, length=3),
+    "header of 2^63 bytes": safetensors_bytes({}, length=2 ** 63),
+    "header of 2^64 - 1 bytes": safetensors_bytes({}, length=2 ** 64 - 1),
+    "cut header": safetensors_bytes({"a": entry(0, 4)}, b"1234")[:20],
+    "cut data": safetensors_bytes({"a": entry(0, 4)}, b"123"),
+    "bytes left over": safetensors_bytes({"a": entry(0, 4)}, b"12345"),
+    "no JSON": safetensors_bytes(b"{not json"),
+    "no text": safetensors_bytes(b"\xff\xfe\xfd"),
+    "deep JSON": safetensors_bytes(b"[" * 100000),
+    "a list": safetensors_bytes([1, 2]),
+    "a number": safetensors_bytes(7),
+    "null": safetensors_bytes(None),
+    "entry is a number": safetensors_bytes({"a": 3}),
+    "entry is a list": safetensors_bytes({"a": [0, 4]}),
+    "no shape": safetensors_bytes({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, b"1234"),
+    "no offsets": safetensors_bytes({"a": {"dtype": "U8", "shape": [4]}}, b"1234"),
+    "unknown dtype": safetensors_bytes({"a": entry(0, 4, "F4")}, b"1234"),
+    "dtype is a list": safetensors_bytes({"a": entry(0, 4, ["U8"])}, b"1234"),
+    "shape does not fill": safetensors_bytes({"a": entry(0, 4, shape=[3])}, b"1234"),
+    "shape overflows": safetensors_bytes({"a": entry(0, 4, shape=[2 ** 62, 4, 2 ** 62])}, b"1234"),
+    "zero times huge": safetensors_bytes({"a": entry(0, 0, shape=[0, 2 ** 70])}),
+    "negative shape": safetensors_bytes({"a": entry(0, 4, shape=[-2, -2])}, b"1234"),
+    "shape of text": safetensors_bytes({"a": entry(0, 4, shape=["4"])}, b"1234"),
+    "shape of fractions": safetensors_bytes({"a": entry(0, 4, shape=[4.0])}, b"1234"),
+    "shape is a number": safetensors_bytes({"a": entry(0, 4, shape=4)}, b"1234"),
+    "a thousand dimensions": safetensors_bytes({"a": entry(0, 4, shape=[4] + [1] * 1000)}, b"1234"),
+    "offsets out of range": safetensors_bytes({"a": entry(0, 4), "b": entry(4, 12)}, b"12345678"),
+    "offsets out of order": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}, b"1234"),
+    "negative offsets": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}, b"1234"),
+    "three offsets": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, b"1234"),
+    "offsets of text": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": "04"}}, b"1234"),
+    "fractional offsets": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0.0, 4.0]}}, b"1234"),
+    "overlap": safetensors_bytes({"a": entry(0, 4), "b": entry(2, 6)}, b"123456"),
+    "the same bytes twice": safetensors_bytes({"a": entry(0, 4), "b": entry(0, 4)}, b"1234"),
+    "a gap": safetensors_bytes({"a": entry(0, 2), "b": entry(3, 4)}, b"1234"),
+    "a gap in front": safetensors_bytes({"a": entry(1, 4)}, b"1234"),
+    "the same name twice": safetensors_bytes(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, '
+                                             b'"a": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}', b"1234"),
+    "a long name": safetensors_bytes({"a" * 10 ** 6: entry(1, 4)}, b"1234"),
+    "lines in a dtype": safetensors_bytes({"a": entry(0, 4, "U8\nU8")}, b"1234"),
+    "the wrong format": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_safetensors_are_one_line(tmp_path, name):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(UserError) as error:
+        chapter.load_safetensors(path)
+    assert len(one_line(error)) < 400 and "x.safetensors" in one_line(error)
+    if name != "a thousand dimensions":                    # which torch refuses
+        with pytest.raises(Exception):                     # the package refuses all others as well
+            safetensors.torch.load_file(path)
+
+
+def test_missing_safetensors_and_folders_are_one_line(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError) as error:
+            chapter.load_safetensors(path)
+        one_line(error)
+
+
+def test_misaligned_tensors_are_read(tmp_path):
+    """The format allows any order: here float32 begins at an odd byte of the file."""
+    data = b"\x07" + struct.pack("<2f", 1.5, -2.0)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors_bytes({"a": entry(0, 1), "b": entry(1, 9, "F32", [2])}, data))
+    assert chapter.load_safetensors(path)["b"].tolist() == [1.5, -2.0]
+
+
+def small_unet(seed=0):
+    return fill(chapter.UNet((8, 16), 1, (True, False), 2, 12, groups=4), seed)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_load_weights_of_both_kinds_and_any_precision(tmp_path, suffix, dtype):
+    source, path = small_unet(), tmp_path / f"x{suffix}"
+    state = {name: t.to(dtype) for name, t in source.state_dict().items()}
+    safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with torch.device("meta"):
+        meta = chapter.UNet((8, 16), 1, (True, False), 2, 12, groups=4)
+    plain = small_unet(1)
+    weight = plain.conv_in.weight
+    for module in (plain, meta):
+        assert chapter.load_weights(module, path) is module
+        assert_same_tensors(module.state_dict(), {name: t.float() for name, t in state.items()})
+        assert all(p.requires_grad and p.device.type == "cpu" for p in module.parameters())
+    assert plain.conv_in.weight is weight                  # an optimizer or an average that knows it still does
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    unet, path = small_unet(), tmp_path / "x.safetensors"
+    before = {name: t.clone() for name, t in unet.state_dict().items()}
+    state = dict(before)
+    for name in ("conv_in.bias", "conv_in.weight", "conv_out.bias", "mid_block.resnets.0.conv1.bias"):
+        del state[name]
+    state |= {"extra.weight": torch.zeros(1), "time_embedding.linear_1.bias": torch.zeros(3)}
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError) as error:
+        chapter.load_weights(unet, path)
+    message = one_line(error)
+    assert "missing: 4 (conv_in.bias, conv_in.weight, conv_out.bias, ...)" in message
+    assert "1 (extra.weight)" in message and "1 (time_embedding.linear_1.bias)" in message
+    assert_same_tensors(unet.state_dict(), before)
+    safetensors.torch.save_file({"a\nb": torch.zeros(1), "": torch.zeros(1), "c" * 10 ** 5: torch.zeros(1)}, path)
+    with pytest.raises(UserError) as error:
+        chapter.load_weights(unet, path)
+    assert len(one_line(error)) < 1000
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("content", [Bomb(), [torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}, b"broken"],
+                         ids=["code", "list", "no tensor", "no name", "junk"])
+def test_bin_files_are_never_unpickled_freely(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "x.bin") if content != b"broken" else Path("x.bin").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        chapter.load_weights(small_unet(), "x.bin")
+    assert one_line(error) and os.listdir() == ["x.bin"]
+
+
+def test_text_encoders_with_or_without_prefix_and_positions(tmp_path):
+    reference = reference_text_encoder("gelu")
+    bare = {name.removeprefix("text_model."): t for name, t in reference.state_dict().items()}
+    for i, (prefix, positions) in enumerate(itertools.product(("", "text_model."), (True, False))):
+        state = {prefix + name: t for name, t in bare.items()}
+        if positions:
+            state[prefix + "embeddings.position_ids"] = torch.arange(20)[None]
+        safetensors.torch.save_file(state, tmp_path / f"{i}.safetensors")
+        ours = chapter.CLIPTextEncoder.from_config(settings(reference))
+        chapter.load_weights(ours, tmp_path / f"{i}.safetensors")
+        assert_same_tensors(ours.state_dict(), {"text_model." + name: t for name, t in bare.items()})
+
+
+def test_vae_files_from_before_2023_have_other_names(tmp_path):
+    reference = reference_vae()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = dict(reference.state_dict())
+    for coder, (new, was), end in itertools.product(("encoder", "decoder"), old.items(), ("weight", "bias")):
+        state[f"{coder}.mid_block.attentions.0.{was}.{end}"] = state.pop(f"{coder}.mid_block.attentions.0.{new}.{end}")
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    ours = chapter.load_weights(chapter.VAE.from_config(settings(reference)), tmp_path / "x.safetensors")
+    assert_same_tensors(ours.state_dict(), reference.state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole pipelines, from a folder and from a server
+# ----------------------------------------------------------------------------------------------------------------------
+
+FILES = ["tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/config.json", "text_encoder/model.safetensors",
+         "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+         "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"]
+BIG = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def references():
+    vocab = len(vocabulary()[0])
+    text_encoder = reference_text_encoder("quick_gelu", vocab_size=vocab, hidden_size=12, max_position_embeddings=77)
+    return {"text_encoder": text_encoder, "unet": reference_unet(), "vae": reference_vae()}
+
+
+@pytest.fixture(scope="module")
+def layout(references, tmp_path_factory):
+    """A tiny model in the diffusers layout, written by diffusers and transformers themselves."""
+    folder = tmp_path_factory.mktemp("layout")
+    write_vocabulary(folder / "tokenizer")
+    for name, model in references.items():
+        model.save_pretrained(folder / name)
+    diffusers.PNDMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    assert all((folder / name).is_file() for name in FILES)
+    return folder
+
+
+@torch.no_grad()
+def assert_pipeline(pipeline, references):
+    """Text, U-Net and decoder of the pipeline in a row give what the references give."""
+    tokens = pipeline.tokenizer(["a cute cat, riding", ""])
+    text = pipeline.text_encoder(tokens)
+    expected = references["text_encoder"](tokens).last_hidden_state
+    assert_close(text, expected)
+    x, time = noise(2, 4, 4, 4), torch.tensor([1000.0, 1000.0])
+    expected = references["unet"](x, time, expected).sample
+    assert_close(pipeline.unet(x, time, text), expected)
+    assert_close(pipeline.vae.decode(expected / pipeline.vae.scale),
+                 references["vae"].decode(expected / 0.18215).sample)
+    assert pipeline.scheduler["beta_schedule"] == "scaled_linear"
+
+
+def test_pipeline_from_a_folder(layout, references):
+    assert_pipeline(chapter.load_pipeline(layout), references)
+    assert chapter.load_pipeline(str(layout), dtype=torch.float16).unet.conv_in.weight.dtype == torch.float16
+
+
+def test_pipeline_from_a_folder_of_bin_files(layout, references, tmp_path):
+    for name in FILES:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".safetensors":
+            path = path.with_name({"model.safetensors": "pytorch_model.bin"}.get(path.name, path.stem + ".bin"))
+            torch.save(safetensors.torch.load_file(layout / name), path)
+        else:
+            path.write_bytes((layout / name).read_bytes())
+    assert_pipeline(chapter.load_pipeline(tmp_path), references)
+
+
+@torch.no_grad()
+def test_pipeline_with_a_stacked_unet(layout, tmp_path):
+    for name in ("tokenizer", "text_encoder", "vae", "scheduler"):
+        (tmp_path / name).symlink_to(layout / name)
+    config = json.loads((layout / "unet/config.json").read_text())
+    stacked = fill(chapter.StackedUNet.from_config(config))
+    chapter.save_safetensors(tmp_path / BIG, stacked.state_dict())
+    (tmp_path / "unet/config.json").write_text(json.dumps(config | {"_class_name": "StackedUNet"}))
+    loaded = chapter.load_pipeline(tmp_path).unet
+    assert_same_tensors(loaded.state_dict(), stacked.state_dict())
+    inputs = noise(1, 4, 4, 4), torch.tensor([1000.0]), noise(1, 5, 12)
+    assert torch.equal(loaded(*inputs), stacked(*inputs))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pipeline_without_a_file_names_it(layout, tmp_path, name):
+    for other in FILES:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).symlink_to(layout / other)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path)
+    assert name in one_line(error)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path)
+    assert name in one_line(error)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "../x", "a/b?c", "", "https://huggingface.co/a/b"])
+def test_what_is_neither_folder_nor_repository(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "..")
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(source if source else "x" * 5)
+    assert "neither a folder nor" in one_line(error)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder as a model hub does.  faults: file -> what goes wrong with it; log: what was asked for."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.log, self.ranges = folder, {}, [], True
+        self.base = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        name = self.path.removeprefix("/owner/name/resolve/main/")
+        path, asked, fault = self.server.folder / name, self.headers["Range"], self.server.faults.get(name)
+        self.server.log.append((name, asked))
+        if isinstance(fault, int) or not path.is_file():
+            return self.send_error(fault or 404)
+        data = path.read_bytes()
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges else 0
+        if start >= len(data) > 0:
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if fault != "chunked":
+            self.send_header("Content-Length", str(len(data) - start + (fault == "longer")))
+        self.end_headers()
+        self.wfile.write(data[start:len(data) // 2] if fault == "cut" else data[start:])
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(layout, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server(layout)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(server, cache, source="owner/name"):
+    return chapter.load_pipeline(source, cache=cache, base=server.base)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_pipeline_from_a_repository_is_fetched_once(server, references, layout, tmp_path):
+    assert_pipeline(fetch(server, tmp_path), references)
+    assert sorted(server.log) == sorted((name, None) for name in FILES)
+    assert files(tmp_path / "owner--name") == sorted(FILES)
+    for name in FILES:
+        assert (tmp_path / "owner--name" / name).read_bytes() == (layout / name).read_bytes()
+    assert_pipeline(fetch(server, tmp_path), references)
+    assert len(server.log) == len(FILES)                   # the second time from the cache
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["server honours ranges", "server ignores ranges"])
+def test_interrupted_download_resumes(server, references, layout, tmp_path, ranges):
+    server.faults[BIG], server.ranges = "cut", ranges
+    with pytest.raises(UserError) as error:
+        fetch(server, tmp_path)
+    size = (layout / BIG).stat().st_size
+    assert BIG in one_line(error) and "continues" in one_line(error)
+    assert f"{size // 2} of {size}" in one_line(error)
+    target = tmp_path / "owner--name" / BIG
+    assert not target.exists() and target.with_name(target.name + ".part").stat().st_size == size // 2
+    del server.faults[BIG]
+    assert_pipeline(fetch(server, tmp_path), references)
+    assert server.log.count((BIG, f"bytes={size // 2}-")) == 1
+    assert files(tmp_path / "owner--name") == sorted(FILES) and target.read_bytes() == (layout / BIG).read_bytes()
+
+
+@pytest.mark.parametrize("extra", [0, 1, 100])
+def test_a_part_that_is_not_shorter_than_the_file_starts_over(server, references, layout, tmp_path, extra):
+    target = tmp_path / "owner--name" / BIG
+    target.parent.mkdir(parents=True)
+    target.with_name(target.name + ".part").write_bytes(bytes((layout / BIG).stat().st_size + extra))
+    assert_pipeline(fetch(server, tmp_path), references)
+    assert files(tmp_path / "owner--name") == sorted(FILES)
+
+
+def test_wrong_size_leaves_no_file(server, tmp_path):
+    server.faults[BIG] = "longer"
+    with pytest.raises(UserError) as error:
+        fetch(server, tmp_path)
+    assert BIG in one_line(error)
+    assert not (tmp_path / "owner--name" / BIG).exists()
+
+
+def test_reply_without_a_length(server, references, tmp_path):
+    server.faults[BIG] = "chunked"                         # HTTP/1.0: the end of the connection is the end of the file
+    assert_pipeline(fetch(server, tmp_path), references)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_files_of_a_repository_are_named(server, tmp_path, name):
+    server.faults[name] = 404
+    with pytest.raises(UserError) as error:
+        fetch(server, tmp_path)
+    assert "owner/name has no" in one_line(error) and name in one_line(error)
+
+
+@pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
+def test_other_refusals_are_one_line(server, tmp_path, code):
+    server.faults["vae/config.json"] = code
+    with pytest.raises(UserError) as error:
+        fetch(server, tmp_path)
+    assert str(code) in one_line(error) and "vae/config.json" in one_line(error)
+    assert not (tmp_path / "owner--name/vae/config.json").exists()
+
+
+def test_no_server_is_one_line(server, tmp_path):
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline("owner/name", cache=tmp_path, base="http://127.0.0.1:1")
+    assert "127.0.0.1:1" in one_line(error)
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline("owner/name", cache=tmp_path, base="nonsense")
+    one_line(error)
+
+
+def test_interrupt_keeps_the_part(server, layout, tmp_path, monkeypatch):
+    """Ctrl-C within a download: what has arrived stays, under another name."""
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(chapter.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chapter.download(f"{server.base}/owner/name/resolve/main/{BIG}", tmp_path / "x")
+    assert files(tmp_path) == ["x.part"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA and weight differences
+# ----------------------------------------------------------------------------------------------------------------------
+
+RANK = 3
+LAYERS = {  # where a LoRA may sit: Kohya's name, our path
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k":
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0":
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj":
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2":
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
+    "lora_unet_up_blocks_1_attentions_1_proj_in": "up_blocks.1.attentions.1.proj_in",
+    "lora_unet_up_blocks_1_resnets_0_conv1": "up_blocks.1.resnets.0.conv1",
+    "lora_unet_up_blocks_1_resnets_0_conv_shortcut": "up_blocks.1.resnets.0.conv_shortcut",
+    "lora_unet_down_blocks_0_downsamplers_0_conv": "down_blocks.0.downsamplers.0.conv",
+    "lora_unet_time_embedding_linear_1": "time_embedding.linear_1",
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj": "text_model.encoder.layers.0.self_attn.q_proj",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": "text_model.encoder.layers.0.mlp.fc1",
+}
+
+
+def modules(seed=0):
+    return {"unet": small_unet(seed), "te": fill(chapter.CLIPTextEncoder(50, 16, 1, 2, 20, 24), seed)}
+
+
+def layer_of(models, name):
+    return models[name.split("_")[1]].get_submodule(LAYERS[name])
+
+
+def lora(models, names=tuple(LAYERS), flat=False):
+    """Random factors for these layers, convolutions as convolutions unless flat."""
+    tensors = {}
+    for i, name in enumerate(names):
+        shape = layer_of(models, name).weight.shape
+        ones = () if len(shape) == 2 or flat else (1, 1)
+        tensors[f"{name}.lora_down.weight"] = noise(RANK, shape[1], *(shape[2:] if ones else ()), seed=2 * i)
+        tensors[f"{name}.lora_up.weight"] = noise(shape[0], RANK, *ones, seed=2 * i + 1)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0 + i)
+    return tensors
+
+
+def saved(tensors, path):
+    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    return path
+
+
+def branch(layer, up, down, x):
+    """What a LoRA is: two more layers beside the first, of which only the first sees the kernel, stride and padding."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(F.linear(x, down), up)
+    return F.conv2d(F.conv2d(x, down, stride=layer.stride, padding=layer.padding), up)
+
+
+@torch.no_grad()
+def test_lora_is_a_branch_beside_each_layer(tmp_path):
+    models, before = modules(), modules()
+    tensors = lora(models)
+    assert chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"), 0.7) == len(LAYERS)
+    for i, name in enumerate(LAYERS):
+        merged, layer = layer_of(models, name), layer_of(before, name)
+        shape = (2, layer.weight.shape[1]) + (5, 7) * (layer.weight.dim() == 4)
+        x = noise(*shape)
+        up, down = (tensors[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+        torch.testing.assert_close(merged(x), layer(x) + 0.7 * (1 + i) / RANK * branch(layer, up, down, x),
+                                   rtol=1e-5, atol=1e-5)
+    changed = {f"{kind}.{name}" for kind in models for name, t in models[kind].state_dict().items()
+               if not torch.equal(t, before[kind].state_dict()[name])}
+    assert changed == {f"{name.split('_')[1]}.{path}.weight" for name, path in LAYERS.items()}
+
+
+@torch.no_grad()
+def test_lora_identities(tmp_path):
+    """up = 0 changes nothing; without alpha the factor is one; a flat factor for a 1x1 convolution is the same; twice
+    half is once; minus undoes plus."""
+    linear = [name for name in LAYERS if "conv1" not in name and "downsamplers" not in name]
+    tensors = lora(modules(), linear)
+
+    def merged(tensors, *scales):
+        models = modules()
+        for scale in scales:
+            chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"), scale)
+        return {f"{kind}.{name}": t for kind in models for name, t in models[kind].state_dict().items()}
+
+    plain = merged({}, 1.0)
+    once = merged(tensors, 1.0)
+    assert_same_tensors(merged({n: t * ("lora_up" not in n) for n, t in tensors.items()}, 1.0), plain)
+    assert_same_tensors(merged(tensors, 0.0), plain)
+    assert_same_tensors(merged(lora(modules(), linear, flat=True), 1.0), once)
+    torch.testing.assert_close(merged(tensors, 0.5, 0.5), once)
+    torch.testing.assert_close(merged(tensors, 1.0, -1.0), plain, rtol=1e-4, atol=1e-5)
+    no_alpha = {name: t for name, t in tensors.items() if not name.endswith("alpha")}
+    full = {name: torch.tensor(float(RANK)) if name.endswith("alpha") else t for name, t in tensors.items()}
+    assert_same_tensors(merged(no_alpha, 1.0), merged(full, 1.0))
+
+
+@torch.no_grad()
+def test_lora_into_half_precision_rounds_once(tmp_path):
+    models = {"unet": small_unet().half()}
+    name = "lora_unet_time_embedding_linear_1"
+    tensors = lora(models, [name])
+    expected = layer_of(models, name).weight.float() + 1 / RANK * (
+        tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]).half().float()
+    chapter.merge_lora(models, saved({n: t.half() for n, t in tensors.items()}, tmp_path / "l.safetensors"))
+    weight = layer_of(models, name).weight
+    assert weight.dtype == torch.float16
+    torch.testing.assert_close(weight.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+FIRST = "lora_unet_time_embedding_linear_1"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({f"lora_unet_no_{i}.lora_up.weight": torch.zeros(2, 2) for i in range(5)},
+     "5 (lora_unet_no_0.lora_up.weight, lora_unet_no_1.lora_up.weight, lora_unet_no_2.lora_up.weight, ...)"),
+    ({"unet.conv_in.lora_A.weight": torch.zeros(2, 2)}, "unet.conv_in.lora_A.weight"),
+    ({f"{FIRST}.lora_mid.weight": torch.zeros(3, 3)}, f"{FIRST}.lora_mid.weight"),
+    ({f"{FIRST}.hada_w1_a": torch.zeros(3, 3)}, f"{FIRST}.hada_w1_a"),
+    ({f"{FIRST}.dora_scale": torch.zeros(3)}, f"{FIRST}.dora_scale"),
+    ({f"{FIRST}.lora_up.weight": None}, f"{FIRST}.lora_up.weight"),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(3, 9)}, FIRST),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(4, 8)}, FIRST),
+    ({f"{FIRST}.lora_up.weight": torch.zeros(31, 3)}, FIRST),
+    ({f"{FIRST}.lora_up.weight": torch.tensor(1.0)}, FIRST),
+    ({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}, FIRST),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(0, 8), f"{FIRST}.lora_up.weight": torch.zeros(32, 0)}, FIRST),
+    ({f"{FIRST}.alpha": torch.zeros(2)}, FIRST),
+    ({"lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight": torch.zeros(2, 2)}, "layers_9_mlp_fc1"),
+])
+def test_wrong_lora_changes_nothing_and_is_one_line(tmp_path, change, words):
+    models, tensors = modules(), lora(modules()) | change
+    tensors = {name: t for name, t in tensors.items() if t is not None}
+    with pytest.raises(UserError) as error:
+        chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"))
+    assert words in one_line(error)
+    for kind, model in modules().items():
+        assert_same_tensors(models[kind].state_dict(), model.state_dict())
+
+
+@torch.no_grad()
+def test_weight_differences(tmp_path):
+    """W += scale (W_target - W_base), tensor by tensor; equal files change nothing; there and back restores."""
+    plain = dict(small_unet(0).state_dict())
+    base, target = (saved(small_unet(seed).state_dict(), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
+    unet = small_unet(0)
+    chapter.merge_delta(unet, base, base)
+    assert_same_tensors(unet.state_dict(), plain)
+    chapter.merge_delta(unet, base, target, 0.5)
+    first, second = small_unet(1).state_dict(), small_unet(2).state_dict()
+    expected = {name: t + 0.5 * (second[name] - first[name]) for name, t in plain.items()}
+    torch.testing.assert_close(dict(unet.state_dict()), expected)
+    chapter.merge_delta(unet, target, base, 0.5)
+    torch.testing.assert_close(dict(unet.state_dict()), plain, rtol=1e-5, atol=1e-6)
+    unet = small_unet(1)                                   # from the base itself the sum is the target
+    chapter.merge_delta(unet, base, target)
+    torch.testing.assert_close(dict(unet.state_dict()), dict(second), rtol=1e-5, atol=1e-6)
+
+
+def test_weight_differences_of_another_network_change_nothing(tmp_path):
+    unet, good = small_unet(), saved(small_unet(1).state_dict(), tmp_path / "good.safetensors")
+    state = {name: t for name, t in small_unet(2).state_dict().items() if name != "conv_in.weight"}
+    bad = saved(state, tmp_path / "bad.safetensors")
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(UserError) as error:
+            chapter.merge_delta(unet, *pair)
+        assert "bad.safetensors" in one_line(error) and "conv_in.weight" in one_line(error)
+    assert_same_tensors(unet.state_dict(), small_unet().state_dict())

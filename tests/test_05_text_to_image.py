@@ -1,0 +1,869 @@
+"""Chapter 5: the method against closed forms and diffusers, stages that resume, whole tiny runs, `sample`, `evaluate`.
+
+The networks themselves have tests of their own (test_05_networks.py).  diffusers and transformers are references here:
+the chapter does without them.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+from PIL import Image
+from torch import nn
+
+NAME = "05_text_to_image"
+chapter = load(NAME)
+TINY = ("--data-size 64 --vae-steps 4 --steps 4 --reflow-steps 4 --distill-steps 4 2 --pairs 12 --shard 8 "
+        "--eval-size 16 --solver-steps 3 --distill-solver-steps 2 --vae-channels 4 4 --channels 4 8 --heads 2 "
+        "--text-width 8 --batch 4 --reflow-batch 4 --distill-batch 4 4 --image-size 16 --log-every 2 "
+        "--checkpoint-every 2 --device cpu").split()
+NETWORKS = {"teacher", "2-rf-0", "distilled-0", "direct-0"}
+CPU = torch.device("cpu")
+close = partial(torch.testing.assert_close, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance, clock and losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def texts(n, seed=0):
+    """States of n texts and of the empty one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, 3, generator=generator), torch.randn(1, 5, 3, generator=generator)
+
+
+def some_field(x, t, text):
+    """Anything smooth that depends on all three."""
+    return torch.sin(3 * x + t[:, None]) + text.mean((1, 2))[:, None] * torch.cos(x)
+
+
+def test_guidance_is_affine_in_its_scale():
+    """Scale 1 is the text's velocity, 0 that of the empty text, and all others lie on the line through the two."""
+    x, t, (text, null) = torch.randn(4, 6), torch.rand(4), texts(4)
+    of = {s: chapter.guided(some_field, s)(x, t, text, null) for s in (0, 0.5, 1, 1.5, 5)}
+    close(of[1], some_field(x, t, text), atol=0)
+    close(of[0], some_field(x, t, null.expand_as(text)), atol=0)
+    for s in (0.5, 1.5, 5):
+        close(of[s], of[0] + s * (of[1] - of[0]), atol=1e-6)
+    assert (of[5] - of[1]).abs().max() > 0.1
+
+
+def test_guidance_towards_the_same_text_does_nothing():
+    x, t, (text, _) = torch.randn(4, 6), torch.rand(4), texts(1)
+    for s in (0, 1.5, 7.5):
+        close(chapter.guided(some_field, s)(x, t, text.expand(4, -1, -1), text), some_field(x, t, text.expand(4, -1, -1)),
+              atol=1e-6)
+
+
+def test_guidance_one_needs_one_evaluation_and_no_empty_text():
+    seen = []
+
+    def field(x, t, text):
+        seen.append(len(x))
+        return x
+    chapter.guided(field, 1)(torch.zeros(4, 2), torch.zeros(4), texts(4)[0])
+    chapter.guided(field, 1.5)(torch.zeros(4, 2), torch.zeros(4), *texts(4))
+    assert seen == [4, 8]
+
+
+@pytest.mark.parametrize("steps, clock", [(1, [1000]), (2, [1000, 500]), (4, [1000, 750, 500, 250])])
+def test_the_network_reads_the_papers_clock(steps, clock):
+    """timesteps 1000 (1 - i / N) with positive steps 1 / N: a constant velocity is added once, whatever N."""
+    seen, constant = [], torch.randn(3, 2, 4, 4)
+
+    def unet(x, timestep, text):
+        seen.append(timestep.tolist())
+        return constant
+    x0, (text, null) = torch.randn(3, 2, 4, 4), texts(3)
+    x1 = chapter.carry(unet, x0, text, null, "euler", steps)
+    assert seen == [[time] * 3 for time in clock]
+    close(x1, x0 + constant, atol=1e-6)
+
+
+def test_distillation_sees_the_noise_and_nothing_of_the_target():
+    """At t = 0 the network's input is x0 to the last bit; the original code's t = 0.001 would mix in x1."""
+    x0, x1, x1_other, text = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), texts(4)[0]
+    seen = []
+
+    def velocity(x, t, given):
+        seen.append((x.clone(), t, given))
+        return torch.tanh(x)
+    losses = [chapter.one_step_loss(velocity, x0, end, text, chapter.squared) for end in (x1, x1_other)]
+    for x, t, given in seen:
+        assert torch.equal(x, x0) and torch.equal(t, torch.zeros(4)) and given is text
+    for end, loss in zip((x1, x1_other), losses):
+        close(loss, (x0 + torch.tanh(x0) - end).square().mean((1, 2, 3)), atol=1e-6)
+
+
+def test_an_exact_straight_flow_has_no_loss():
+    """Pairs x1 = M x0 + c(text): v = x1 - x0 is found exactly, so reflow and distillation both lose nothing."""
+    torch.manual_seed(0)
+    x0, (text, _) = torch.randn(8, 2, 3, 3), texts(8)
+
+    def end(x, text):
+        return 0.4 * x + text.mean((1, 2))[:, None, None, None]
+
+    def straight(x, t, text):                              # x_t = (1 - 0.6 t) x0 + t c
+        t, c = t[:, None, None, None], text.mean((1, 2))[:, None, None, None]
+        return c - 0.6 * (x - t * c) / (1 - 0.6 * t)
+    x1 = end(x0, text)
+    close(chapter.reflow_loss(straight, x0, x1, text), torch.zeros(8), atol=1e-9)
+    close(chapter.one_step_loss(straight, x0, x1, text, chapter.squared), torch.zeros(8), atol=1e-9)
+    shuffled = x1.roll(1, 0)                               # another's end: no velocity can tell
+    assert chapter.reflow_loss(straight, x0, shuffled, text).mean() > 0.1
+
+
+def test_one_step_without_reflow_is_the_mean_of_its_text():
+    """The best v(x, 0 | T) on an independent coupling is E[x1 | T] - x, so that one step draws the mean, a blur."""
+    torch.manual_seed(0)
+    means = torch.tensor([[2.0, -1.0], [-3.0, 0.5]])
+    label = torch.arange(4000) % 2
+    x0, x1, text = torch.randn(4000, 2), means[label] + torch.randn(4000, 2), label[:, None, None].float()
+    at_zero = partial(chapter.one_step_loss, x0=x0, x1=x1, text=text, distance=chapter.squared)
+    shift = torch.zeros(2, 2, requires_grad=True)
+    at_zero(lambda x, t, c: (means + shift)[c[:, 0, 0].long()] - x).mean().backward()
+    assert shift.grad.abs().max() < 0.03                   # the mean is where the gradient vanishes, up to sampling
+    off = at_zero(lambda x, t, c: means.mean(0) - x).mean()
+    assert off > at_zero(lambda x, t, c: means[c[:, 0, 0].long()] - x).mean() + 1
+
+
+def test_times_are_uniform_or_u_shaped():
+    """--a 0 is InstaFlow's; a = 4 has density a (e^{-a t} + e^{-a (1 - t)}) / (2 (1 - e^{-a})), mean 1/2."""
+    x = torch.zeros(200000, 1)
+    for a, ends, middle in ((0.0, 1.0, 1.0), (4.0, 2.0746, 0.5514)):
+        torch.manual_seed(0)
+        seen = []
+        chapter.reflow_loss(lambda x, t, text: seen.append(t) or x, x, x, None, a)
+        density = torch.histc(seen[0], 100, 0, 1) / len(x) * 100
+        width = 0.01 if a else 0.0                         # the first bin is lower than the density at its edge
+        assert density[[0, -1]].mean() == pytest.approx(ends * (1 - a * width / 2), abs=0.05)
+        assert density[45:55].mean() == pytest.approx(middle, abs=0.03)
+        assert seen[0].mean() == pytest.approx(0.5, abs=0.005)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher as a velocity, and its solver
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(final="zero"):
+    """diffusers' own, as Stable Diffusion's teacher is run."""
+    from diffusers import DPMSolverMultistepScheduler
+    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       final_sigmas_type=final, timestep_spacing="linspace")
+
+
+def eps_model(x, s):
+    """A smooth noise predictor."""
+    return torch.tanh(x * (1 + s[:, None] / 500)) + 0.2 * torch.sin(s[:, None] / 100 + x)
+
+
+def test_the_schedule_has_the_published_values():
+    s = chapter.Schedule()
+    assert (s.a ** 2)[[0, 499, 999]].tolist() == pytest.approx([0.99915, 0.27766965, 0.00466010], abs=1e-8)
+    close(s.a ** 2 + s.b ** 2, torch.ones(1000, dtype=torch.float64), atol=1e-15)
+    assert (s.a / (s.a + s.b))[999].item() == pytest.approx(0.06404, abs=1e-5)
+    close((s.a ** 2).float(), schedule().alphas_cumprod, atol=2e-6)
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 14, 15, 25, 40])
+def test_the_solver_is_that_of_diffusers(steps, final):
+    torch.manual_seed(0)
+    x, scheduler = torch.randn(5, 7, dtype=torch.float64), schedule(final)
+    scheduler.set_timesteps(steps)
+    theirs = x.clone()
+    for s in scheduler.timesteps:
+        theirs = scheduler.step(eps_model(theirs, s.double().expand(5)), s, theirs).prev_sample
+    ours = chapter.dpm_solver(eps_model, x, steps, final)
+    close(ours, theirs, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_the_solver_evaluates_once_a_step_at_the_published_times():
+    seen = []
+    chapter.dpm_solver(lambda x, s: seen.append(s[0].item()) or x, torch.randn(2, 3), 25)
+    assert len(seen) == 25 and seen[:3] == [999, 959, 919] and seen[-2:] == [80, 40]
+
+
+def gaussian_eps(x, s, sigma=0.5):
+    """The exact noise predictor of data N(0, sigma^2): E[x0 | x_s] = b x_s / (a^2 sigma^2 + b^2); s may be a fraction."""
+    table, knots = chapter.Schedule(), np.arange(1000)
+    ratio = np.interp(s.double().numpy(), knots, torch.log(table.a / table.b).numpy())
+    a, b = (torch.sigmoid(torch.tensor(sign * 2 * ratio)).sqrt()[:, None] for sign in (1, -1))
+    return b / (a ** 2 * sigma ** 2 + b ** 2) * x
+
+
+def test_the_solver_converges_to_the_exact_flow():
+    """Gaussian data's flow multiplies by the ratio of the standard deviations at both ends, steps or no steps."""
+    x = torch.randn(6, 4, dtype=torch.float64)
+    table = chapter.Schedule()
+    end, start = (((table.a[s] * 0.5) ** 2 + table.b[s] ** 2).sqrt().item() for s in (0, 999))
+    errors = [(chapter.dpm_solver(gaussian_eps, x, n, "sigma_min") - end / start * x).abs().max().item()
+              for n in (37, 111, 333, 999)]
+    assert errors[-1] < 1e-3 and all(after < 0.7 * before for before, after in zip(errors, errors[1:]))
+
+
+def test_the_exact_noise_of_gaussian_data_is_the_exact_velocity():
+    """v = (t sigma^2 - (1 - t)) / (t^2 sigma^2 + (1 - t)^2) x, wherever the teacher has a noise level for t."""
+    x, t = torch.randn(200, 3, dtype=torch.float64), torch.linspace(0.0641, 0.97, 200, dtype=torch.float64)
+    v = chapter.velocity_from_eps(gaussian_eps)(x, t)
+    exact = (t * 0.25 - (1 - t)) / (t ** 2 * 0.25 + (1 - t) ** 2)
+    close(v, exact[:, None] * x, atol=1e-12)
+
+
+def test_the_velocity_agrees_with_both_of_its_readings():
+    """x_t = (1 - t) eps + t x1_hat, so v = x1_hat - eps = (x_t - eps) / t; here at the integers s, by the table."""
+    table, s = chapter.Schedule(), torch.tensor([0, 13, 138, 477, 744, 914, 999])
+    a, b = table.a[s, None], table.b[s, None]
+    xt = torch.randn(7, 3, dtype=torch.float64)
+    t, xs = (a / (a + b))[:, 0], (a + b) * xt
+    noise = eps_model(xs, s.double())
+    v = chapter.velocity_from_eps(eps_model)(xt, t)
+    close(v, (xt - noise) / t[:, None], atol=1e-9)
+    close(v, (xs - b * noise) / a - noise, atol=1e-9)
+
+
+def test_the_matched_noise_levels_are_the_published_ones():
+    seen = []
+    t = torch.arange(1, 10, dtype=torch.float64) / 10
+    chapter.velocity_from_eps(lambda x, s: seen.append(s) or x)(torch.zeros(9, 1, dtype=torch.float64), t)
+    assert seen[0].round().tolist() == [914, 744, 606, 477, 354, 239, 138, 60, 13]
+
+
+def test_euler_on_the_teachers_times_is_ddim():
+    table, grid = chapter.Schedule(), [999, 900, 750, 600, 450, 300, 150, 60, 0]
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    velocity, ddim = chapter.velocity_from_eps(eps_model), x
+    times = [(table.a[s] / (table.a[s] + table.b[s])).item() for s in grid]
+    z = x / (table.a[999] + table.b[999])
+    for s, after, t, t_after in zip(grid, grid[1:], times, times[1:]):
+        noise = eps_model(ddim, torch.full((5,), float(s), dtype=torch.float64))
+        ddim = table.a[after] * (ddim - table.b[s] * noise) / table.a[s] + table.b[after] * noise
+        z = z + (t_after - t) * velocity(z, torch.full((5,), t, dtype=torch.float64))
+    close(z * (table.a[0] + table.b[0]), ddim, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-9, 0.03, 0.98, 1.0])
+def test_the_velocity_is_finite_where_the_teacher_has_no_noise_level(t):
+    seen = []
+
+    def eps(x, s):
+        seen.append((x, s))
+        return 0.9 * x
+    x = torch.randn(4, 3)
+    v = chapter.velocity_from_eps(eps)(x, torch.full((4,), t))
+    assert v.isfinite().all() and v.dtype == torch.float32
+    assert seen[0][1].tolist() == [999 if t < 0.5 else 0] * 4
+    if t == 0:
+        assert torch.equal(seen[0][0], x)                  # pure noise, as the teacher's own sampler begins
+
+
+def test_more_arguments_pass_through_the_velocity():
+    got = chapter.velocity_from_eps(lambda x, s, text=None, null=None: x * text.mean() + 0 * null.mean())
+    close(got(torch.ones(1, 2), torch.full((1,), 0.5), text=torch.full((1, 2, 2), 3.0), null=torch.zeros(1, 1, 2)),
+          torch.full((1, 2), (1 - 3 * 2 ** 0.5) / 0.5), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches: prompts, pairs, slices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """The two files that the chapter writes for the captions of the shapes."""
+    return chapter.write_vocabulary(chapter.shape_captions(), tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture
+def pipe(vocabulary):
+    """A tiny pipeline with random weights."""
+    torch.manual_seed(0)
+    tokenizer = chapter.CLIPTokenizer(*vocabulary)
+    return chapter.Pipeline(tokenizer, chapter.CLIPTextEncoder(len(tokenizer.vocab), 8, 1, 2, inner=16).eval(),
+                            chapter.UNet((4, 8), 1, (False, True), 2, 8, groups=1),
+                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, Path())
+
+
+def test_every_word_of_the_captions_is_one_token(vocabulary):
+    """And the tokenizer of transformers, given the files, agrees on them and on words that were not learnt."""
+    from transformers import CLIPTokenizer
+    tokenizer = chapter.CLIPTokenizer(*vocabulary)
+    captions = chapter.shape_captions()
+    assert len(captions) == len(set(captions)) == 32
+    tokens = tokenizer(captions)
+    assert (tokens != tokenizer.end).sum(1).tolist() == [8] * 32 and len(tokens.unique(dim=0)) == 32   # start + 7 words
+    theirs = CLIPTokenizer(*map(str, vocabulary))
+    for text in [*captions, "", "two pink circles, not red!", "crossroad backgrounds"]:
+        assert theirs(text)["input_ids"] == [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
+
+
+def test_prompts_kept_and_prompts_encoded_on_demand_are_the_same(pipe):
+    captions = chapter.shape_captions()
+    few, many = chapter.Prompts(pipe, captions), chapter.Prompts(pipe, captions, few=0)
+    index = torch.tensor([0, 5, 31, 32, 69])
+    close(few(index), many(index), atol=1e-6)
+    assert torch.equal(few(index)[3], few(index)[0]) and few.null.shape == (1, 77, 8)
+    close(few.null, pipe.text_encoder(pipe.tokenizer([""])), atol=1e-6)
+
+
+def test_dropout_puts_the_empty_text_in_place_of_a_share(pipe):
+    prompts = chapter.Prompts(pipe, chapter.shape_captions())
+    torch.manual_seed(0)
+    got = prompts(torch.arange(4000), 0.25)
+    dropped = (got == prompts.null).all(2).all(1)
+    assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
+    close(got[~dropped], prompts(torch.arange(4000))[~dropped], atol=0)
+    assert (prompts(torch.arange(64), 1.0) == prompts.null).all()
+
+
+def test_long_prompts_are_cut_with_a_notice(pipe, capsys):
+    prompts = chapter.Prompts(pipe, ["a red circle", "a red circle " * 40])
+    assert "1 of 2 prompts are longer than 77 tokens" in capsys.readouterr().err
+    assert prompts.tokens.shape == (2, 77)
+
+
+def some_pairs(folder, count=20, shard=8):
+    """Pairs by a map whose ends tell their index: x1 = index in every entry."""
+    config = dataclasses.replace(chapter.Config(), shard=shard)
+    made = []
+
+    def go(x0, index):
+        made.append((x0, index))
+        return index.float().reshape(-1, 1, 1, 1).expand_as(x0)
+    chapter.make_pairs(go, folder, count, config, (2, 3, 3), CPU, 7)
+    return made
+
+
+def test_pairs_stay_together(tmp_path, pipe):
+    """x1 comes from the file, x0 anew from the index, and the text goes by the same index."""
+    made = some_pairs(tmp_path)
+    assert [len(index) for _, index in made] == [8, 8, 4]
+    assert np.load(tmp_path / "00000.npy").dtype == np.float16
+    pairs, prompts = chapter.Pairs(tmp_path, 20, 8, (2, 3, 3)), chapter.Prompts(pipe, chapter.shape_captions()[:9])
+    torch.manual_seed(0)
+    x0, x1, text = chapter.draw_stored(pairs, 7, prompts)(300)
+    index = x1[:, 0, 0, 0].long()
+    assert x1.dtype == torch.float32 and len(index.unique()) == 20
+    close(x0, torch.cat([x for x, _ in made])[index], atol=0)
+    close(text, prompts(index), atol=0)
+    assert len(chapter.Pairs(tmp_path, 11, 8, (2, 3, 3))) == 11        # fewer than there are, for reflow
+
+
+def test_pairs_that_exist_are_not_made_again(tmp_path):
+    some_pairs(tmp_path)
+    (tmp_path / "00001.npy").unlink()
+    assert [index.tolist() for _, index in some_pairs(tmp_path)] == [list(range(8, 16))]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b"no array"), lambda path: path.write_bytes(b""),
+    lambda path: np.save(path, np.zeros((8, 2, 3, 3), np.float32)), lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: np.save(path, np.zeros((8, 3, 3, 3), np.float16)),
+], ids=["missing", "text", "empty", "float32", "cut", "shape"])
+def test_a_spoilt_shard_is_one_line(tmp_path, spoil):
+    some_pairs(tmp_path)
+    spoil(tmp_path / "00001.npy")
+    with pytest.raises(chapter.UserError, match="00001.npy.*delete it and run again"):
+        chapter.Pairs(tmp_path, 20, 8, (2, 3, 3))
+
+
+def test_samples_that_are_not_finite_are_not_stored(tmp_path):
+    config = dataclasses.replace(chapter.Config(), shard=8)
+    with pytest.raises(chapter.UserError, match="not finite"):
+        chapter.make_pairs(lambda x0, index: x0 / 0, tmp_path, 8, config, (1, 2, 2), CPU, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_slices_give_the_gradients_of_the_whole_batch(pipe, size, checkpointing):
+    """Also with the U-Net's own checkpointing inside, and through the decoder and a perceptual distance."""
+    pipe.unet.checkpointing = checkpointing
+    torch.manual_seed(0)
+    x0, x1, (text, _) = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), (torch.randn(4, 77, 8), None)
+
+    def gradients(size):
+        network = chapter.Slices(pipe.unet, size)
+        seen = chapter.picture_distance(pipe.vae, lambda a, b: (a - b).abs().mean((1, 2, 3)), size)
+        losses = chapter.one_step_loss(chapter.as_velocity(network), x0, x1, text, seen)
+        return torch.autograd.grad(losses.mean(), list(pipe.unet.parameters())), losses
+    (expected, losses), (got, again) = gradients(0), gradients(size)
+    close(again, losses, atol=1e-6)
+    for a, b in zip(got, expected):
+        close(a, b, atol=1e-6)
+
+
+def test_slices_are_in_memory_one_at_a_time(pipe):
+    """What the forward pass keeps for the backward pass does not grow with the slices' activations."""
+    def kept(size):
+        total = []
+
+        def pack(x):
+            total.append(x.numel())
+            return x
+        x, text = torch.randn(8, 4, 8, 8), torch.randn(8, 77, 8)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            chapter.in_slices(pipe.unet, size, x, torch.rand(8), text)
+        return sum(total)
+    assert kept(2) < kept(0) / 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading captions off pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_true_pictures_are_read_without_a_mistake(size):
+    images, _, captions = chapter.shapes(150, size, 5)
+    assert chapter.CaptionReader(size)(chapter.to_floats(images)) == captions
+
+
+def test_wrong_captions_are_noticed():
+    """Another colour, shape or background is never read as what was asked for."""
+    images, _, captions = chapter.shapes(200, 16, 6)
+    read = chapter.CaptionReader(16)(chapter.to_floats(images))
+    for word in (1, 2, 5):
+        turned = {"red": "blue", "green": "red", "blue": "yellow", "yellow": "green", "circle": "square",
+                  "square": "triangle", "triangle": "cross", "cross": "circle", "white": "black", "black": "white"}
+        asked = [" ".join(turned[w] if i == word else w for i, w in enumerate(c.split())) for c in captions]
+        assert not any(a == b for a, b in zip(read, asked))
+
+
+@pytest.mark.parametrize("how", ["noise", "empty", "blurred", "half noise"])
+def test_what_shows_no_shape_has_no_caption(how):
+    torch.manual_seed(0)
+    images = chapter.to_floats(chapter.shapes(64, 16, 7)[0])
+    blur = nn.functional.avg_pool2d(nn.functional.pad(images, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    bad = {"noise": torch.randn_like(images).clamp(-1, 1), "empty": torch.ones_like(images), "blurred": blur,
+           "half noise": images + 0.7 * torch.randn_like(images)}[how]
+    read = chapter.CaptionReader(16)(bad)
+    assert sum(caption != "" for caption in read) <= 3
+
+
+def test_a_little_noise_or_blur_is_forgiven():
+    torch.manual_seed(0)
+    images, _, captions = chapter.shapes(200, 16, 8)
+    images = chapter.to_floats(images)
+    read = chapter.CaptionReader(16)((images + 0.1 * torch.randn_like(images)).clamp(-1, 1))
+    assert np.mean([a == b for a, b in zip(read, captions)]) > 0.95
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that users bring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "no prompt in it"), (b" \n\n", "no prompt in it"), (b"a cat\n\xff\xfe\n", "line 2: not UTF-8"),
+    (b"a cat\na\x00dog\n", "line 2: control characters"), (None, "No such file"),
+])
+def test_a_bad_prompt_file_is_one_line(tmp_path, content, words):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(chapter.UserError, match=words) as error:
+        chapter.read_lines(path, "--prompts")
+    assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prompt_files_of_any_system_are_read(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\r\n  ein B\u00e4r \n\u732b".encode())
+    assert chapter.read_lines(tmp_path / "prompts.txt", "--prompts") == ["a cat", "ein B\u00e4r", "\u732b"]
+
+
+def test_coco_captions_are_one_of_every_image(tmp_path):
+    rows = [{"image_id": i // 5, "caption": f" text {i}.\n"} for i in range(20)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
+    assert chapter.read_captions(tmp_path / "captions.json", 3) == ["text 0.", "text 5.", "text 10."]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"annotations": 3}', '{"annotations": []}',
+                                     '{"annotations": [{"caption": "a"}]}', '{"annotations": [3]}'])
+def test_captions_that_are_not_cocos_are_one_line(tmp_path, content):
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(chapter.UserError, match="captions.json") as error:
+        chapter.read_captions(tmp_path / "captions.json", 3)
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            chapter.command_line()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+def start(*args, cwd):
+    """The script as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / f"{NAME}.py"), *map(str, args)], cwd=cwd, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny run of the real script: its folder, and what it printed.  Copy it before changing it."""
+    cwd = tmp_path_factory.mktemp("finished")
+    process = start(*TINY, cwd=cwd)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return cwd / "runs" / NAME / "quick", out
+
+
+def one_line(err, *words):
+    """The whole of standard error is one line of ours, which holds the words."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert word in lines[0], err
+
+
+def weights(folder):
+    """The U-Net of an exported network, as one vector."""
+    return torch.cat([p.flatten() for p in chapter.load_pipeline(folder).unet.state_dict().values()])
+
+
+def test_a_run_leaves_its_networks_numbers_and_figures(finished):
+    folder, out = finished
+    assert NETWORKS | {"config.json", "metrics.csv", "pairs", "grid.png", "quality.png", "results.json"} <= {
+        path.name for path in folder.iterdir()}
+    results = json.loads((folder / "results.json").read_text())["networks"]
+    assert list(results) == ["teacher, 3 steps", "teacher as velocity, 1 step", "teacher as velocity, 4 steps",
+                             "2-RF, 1 step", "2-RF, 4 steps", "2-RF distilled, 1 step", "teacher distilled, 1 step"]
+    assert [rows[0]["NFE"] for rows in results.values()] == [6, 2, 8, 1, 4, 1, 1]
+    for rows in results.values():
+        assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["FD"] > 0 and f"{rows[0]['FD']:.3f}" in out
+    stages = {row["stage"] for row in csv.DictReader((folder / "metrics.csv").open())}
+    assert stages == {"vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2"}
+    for name in ("grid.png", "quality.png"):
+        with Image.open(folder / name) as image:
+            image.load()
+            assert min(image.size) > 150 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_pairs_are_counted_and_named(finished):
+    pairs = {folder.name: sum(len(np.load(path)) for path in folder.iterdir())
+             for folder in (finished[0] / "pairs").iterdir()}
+    assert pairs == {"teacher": 24, "2-rf-0": 12}          # direct distillation gets as many pairs as both stages
+
+
+def test_students_differ_from_the_teacher_and_say_what_they_predict(finished):
+    teacher, *others = (weights(finished[0] / name) for name in ("teacher", "2-rf-0", "distilled-0", "direct-0"))
+    for i, network in enumerate(others):
+        assert network.isfinite().all() and all((network - other).abs().max() > 1e-6 for other in [teacher, *others[:i]])
+    said = {name: chapter.load_pipeline(finished[0] / name).scheduler["prediction_type"] for name in NETWORKS}
+    assert said == {name: "epsilon" if name == "teacher" else "velocity" for name in NETWORKS}
+
+
+def test_diffusers_opens_the_exported_teacher(finished):
+    """The folder is in the layout of diffusers: its pipeline loads it and its U-Net computes the same."""
+    from diffusers import StableDiffusionPipeline
+    theirs = StableDiffusionPipeline.from_pretrained(finished[0] / "teacher", safety_checker=None)
+    ours = chapter.load_pipeline(finished[0] / "teacher")
+    x, s, tokens = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), ours.tokenizer(["a red cross", ""])
+    assert theirs.tokenizer(["a red cross", ""], padding="max_length").input_ids == tokens.tolist()
+    text = ours.text_encoder(tokens)
+    close(theirs.text_encoder(tokens).last_hidden_state, text, atol=1e-5)
+    close(theirs.unet(x, s, text).sample, ours.unet(x, s, text), atol=1e-5)
+    close(theirs.vae.decode(x).sample, ours.vae.decode(x), atol=1e-5)
+    assert theirs.vae.config.scaling_factor == ours.vae.scale
+
+
+def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"}
+    monkeypatch.setattr(chapter, "train", None)
+    code, _, err = run(*TINY)
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_more_seeds_share_the_teacher(finished, run, tmp_path):
+    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
+    code, out, err = run(*TINY, "--seeds", 2)
+    assert code == 0, err
+    results = json.loads((folder / "results.json").read_text())["networks"]
+    assert [len(rows) for rows in results.values()] == [1, 1, 1, 2, 2, 2, 2]
+    assert not torch.equal(weights(folder / "2-rf-0"), weights(folder / "2-rf-1"))
+    assert torch.equal(weights(folder / "2-rf-0"), weights(finished[0] / "2-rf-0"))
+
+
+@pytest.mark.parametrize("victim", ["teacher.pt", "pairs/teacher/00001.npy"])
+def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, victim):
+    """kill -9 as soon as the file before the victim is there; what is finished later is equal bit for bit."""
+    folder = tmp_path / "runs" / NAME / "quick"
+    process = start(*TINY, cwd=tmp_path)
+    while not (folder / victim).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = start(*TINY, cwd=tmp_path)
+    _, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    for name in NETWORKS:
+        assert torch.equal(weights(folder / name), weights(finished[0] / name)), name
+    numbers = [json.loads((f / "results.json").read_text()) for f in (folder, finished[0])]
+    assert numbers[0] == numbers[1]
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """torchrun: both make pairs, one writes; the run ends with every network and no leftovers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / f"{NAME}.py"]
+    done = subprocess.run([*map(str, command), *TINY, "--micro-batch", "1"], cwd=tmp_path, timeout=600, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / NAME / "quick"
+    assert NETWORKS | {"results.json", "grid.png"} <= {path.name for path in folder.iterdir()}
+    assert len(list((folder / "pairs" / "teacher").iterdir())) == 3 and not list(tmp_path.rglob(".part*"))
+    assert all(weights(folder / name).isfinite().all() for name in NETWORKS)
+
+
+def test_a_kill_in_the_middle_of_a_stage_loses_only_steps(finished, tmp_path, run, monkeypatch):
+    """Stopped after step 2 of 4 of reflow, by a signal that arrives while a step runs."""
+    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
+    for path in ("2-rf-0", "2-rf-0.1.pt", "pairs/2-rf-0", "distilled-0", "distilled-0.1.pt", "distilled-0.2.pt"):
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+    loss, steps = chapter.reflow_loss, []
+
+    def interrupted(*arguments):
+        steps.append(0)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+    monkeypatch.setattr(chapter, "reflow_loss", interrupted)
+    code, _, err = run(*TINY)
+    assert code == 130 and "continues from here" in err and len(steps) == 2
+    code, _, err = run(*TINY)
+    assert code == 0 and len(steps) == 4, err
+    for name in NETWORKS:
+        assert torch.equal(weights(folder / name), weights(finished[0] / name)), name
+
+
+def test_a_given_teacher_with_its_own_prompts(finished, run, tmp_path):
+    """--model: nothing tiny is trained; stacked and negated students; prompts nobody can read off a picture."""
+    (tmp_path / "prompts.txt").write_text("a red circle\nsomething else\n")
+    code, out, err = run(*TINY, "--model", finished[0] / "teacher", "--prompts", "prompts.txt", "--unet", "stacked",
+                         "--init", "negated", "--micro-batch", 3, "--checkpointing", "--out", "mine")
+    assert code == 0, err
+    folder = tmp_path / "mine"
+    results = json.loads((folder / "results.json").read_text())["networks"]
+    assert all(row["accuracy"] is None for rows in results.values() for row in rows)
+    assert not (folder / "vae.pt").exists() and not (folder / "teacher").exists()
+    stacked, plain = chapter.load_pipeline(folder / "distilled-0").unet, chapter.load_pipeline(folder / "2-rf-0").unet
+    assert isinstance(stacked, chapter.StackedUNet) and isinstance(plain, chapter.UNet)
+    code, _, err = run("sample", "--model", folder / "distilled-0", "--prompt", "a red circle", "--device", "cpu")
+    assert code == 0, err
+
+
+def test_the_negated_start_is_nearer_to_the_velocity(finished):
+    """The teacher's output is about +x0 where the target is x1 - x0: turning conv_out round is the better start."""
+    pipe = chapter.load_pipeline(finished[0] / "teacher")
+    x, s, text = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 77, 8)
+    turned = chapter.negated(pipe.unet)
+    close(turned(x, s, text), -pipe.unet(x, s, text), atol=1e-6)
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--steps", "0"), ("--steps 0",)), (("--stepz", "3"), ("--stepz",)), (("smaple", "--model", "x"), ("smaple",)),
+    (("--model", "nowhere"), ("--prompts",)), (("--preset", "paper"), ("--model",)),
+    (("--model", "nowhere at all", "--prompts", "README"), ("README",)),
+    (("--reflow-steps", "3", "4"), ("--reflow-steps",)), (("--distill-steps", "3", "--distill-batch", "4"), ("2 numbers",)),
+    (("--image-size", "17"), ("17",)), (("--channels", "6", "7"), ("UNet",)), (("--attention", "1"), ("--attention",)),
+    (("--lpips-weights", "nowhere.pth"), ("nowhere.pth",)), (("--prompts", "nowhere.txt"), ("nowhere.txt",)),
+    (("--fid", "--inception", "nowhere.pt"), ("Inception",)), (("--text-width", "7"), ("CLIPTextEncoder",)),
+])
+def test_a_wrong_setting_is_one_line_and_leaves_nothing(run, tmp_path, args, words):
+    code, _, err = run(*(() if args[0] == "smaple" else TINY), *args)
+    assert code == 2
+    one_line(err, *words)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sampled(run, *args, out="sheet.png"):
+    code, _, err = run("sample", *args, "--device", "cpu", "--out", out)
+    assert code == 0, err
+    return np.asarray(Image.open(out).convert("RGB")).astype(int)
+
+
+def test_what_is_trained_is_what_is_sampled(finished, run):
+    """One step of the distilled network from the noise of the seed, decoded, on the sheet; deterministic."""
+    folder = finished[0] / "distilled-0"
+    sheet = sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--count", 4)
+    assert sheet.shape == (2 * 18, 2 * 18, 3)              # pictures of 16 x 16 with a line around each
+    pipe = chapter.load_pipeline(folder)
+    x0 = chapter.pair_noise(chapter.seed_for(0), torch.arange(4), (4, 8, 8))
+    text = pipe.text_encoder(pipe.tokenizer(["a blue cross on a white background"])).expand(4, -1, -1)
+    with torch.no_grad():
+        images = pipe.vae.decode((x0 + pipe.unet(x0, torch.full((4,), 1000.0), text)) / pipe.vae.scale)
+    expected = chapter.to_bytes(images)[3].permute(1, 2, 0).numpy().astype(int)
+    assert abs(sheet[19:35, 19:35] - expected).max() <= 1
+    assert (sheet == sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--batch", 1)).all()
+    assert (sheet != sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--seed", 1)).any()
+
+
+def test_sample_options_change_the_picture(finished, run):
+    base = ("--model", finished[0] / "2-rf-0", "--prompt", "a red circle", "--count", 1)
+    plain = sampled(run, *base, "--steps", 2)
+    for more in (("--steps", 3), ("--steps", 2, "--guidance", 3.0), ("--steps", 2, "--guidance", 3.0, "--negative",
+                                                                    "white")):
+        assert (sampled(run, *base, *more) != plain).any()
+    assert sampled(run, *base, "--size", 16, 24).shape == (18, 26, 3)
+    assert sampled(run, *base[:2], "--prompt", "a red", "blue cross", "a", "--count", 2).shape == (54, 36, 3)
+    assert sampled(run, "--preset", "teacher", "--model", finished[0] / "teacher", "--prompt", "x").shape == (36, 36, 3)
+
+
+def test_the_walk_is_a_film(finished, run):
+    sampled(run, "--model", finished[0] / "2-rf-0", "--prompt", "a", "--count", 3, "--interpolate", "walk.gif", "--frames",
+            4)
+    with Image.open("walk.gif") as film:
+        assert film.n_frames == 12 and film.size == (16, 16) and film.info["loop"] == 0
+
+
+def lora(path, pipe, up=0.0, name="lora_unet_mid_block_attentions_0_proj_in"):
+    """A LoRA of rank 1 for one layer of the U-Net."""
+    shape = pipe.unet.mid_block.attentions[0].proj_in.weight.shape
+    chapter.save_safetensors(path, {f"{name}.lora_up.weight": torch.full((shape[0], 1, 1, 1), up),
+                                    f"{name}.lora_down.weight": torch.ones(1, shape[1], 1, 1),
+                                    f"{name}.alpha": torch.tensor(1.0)})
+    return path
+
+
+def test_merging_nothing_changes_nothing(finished, run):
+    """A LoRA whose up is 0, a scale of 0, and the difference between a network and itself."""
+    pipe, base = chapter.load_pipeline(finished[0] / "2-rf-0"), ("--model", finished[0] / "2-rf-0", "--prompt", "a red")
+    plain = sampled(run, *base)
+    lora("zero.safetensors", pipe), lora("one.safetensors", pipe, 1.0)
+    for more in (("--lora", "zero.safetensors"), ("--lora", "one.safetensors:0"),
+                 ("--lora", "one.safetensors:0.7", "one.safetensors:-0.7"),
+                 ("--delta", finished[0] / "teacher", finished[0] / "teacher")):
+        assert abs(sampled(run, *base, *more) - plain).max() <= 1
+    assert (sampled(run, *base, "--lora", "one.safetensors") != plain).any()
+
+
+def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
+    other = sampled(run, "--model", finished[0] / "2-rf-0", "--prompt", "a red")
+    moved = sampled(run, "--model", finished[0] / "teacher", "--prompt", "a red", "--delta", finished[0] / "teacher",
+                    finished[0] / "2-rf-0")
+    assert abs(other - moved).max() <= 1
+
+
+@pytest.mark.parametrize("args, words", [
+    ((), ("--model",)), (("--model", "nowhere"), ("nowhere", "folder")), (("--model", "FOLDER"), ("--prompt",)),
+    (("--model", "FOLDER", "--prompt", ""), ("--prompt",)), (("--model", "FOLDER", "--prompt"), ("--prompt",)),
+    (("--model", "FOLDER", "--prompt", "a", "--size", "15"), ("--size 15", "divisible by 2")),
+    (("--model", "FOLDER", "--prompt", "a", "--size", "16", "16", "16"), ("--size",)),
+    (("--model", "FOLDER", "--prompt", "a", "--steps", "0"), ("--steps",)),
+    (("--model", "FOLDER", "--prompt", "a", "--solver", "dpm"), ("velocity", "--solver euler")),
+    (("--model", "FOLDER", "--prompt", "a", "--lora", "nowhere.safetensors"), ("nowhere.safetensors",)),
+    (("--model", "FOLDER", "--prompt", "a", "--lora", "wrong.safetensors:0.5"), ("wrong.safetensors", "lora_unet_no")),
+    (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER"), ("--delta", "two models")),
+    (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER", "nowhere"), ("nowhere",)),
+    (("--model", "FOLDER", "--prompt", "a", "--out", "sheet.txt"), ("sheet.txt",)),
+    (("--model", "FOLDER", "--prompt", "a", "--preset", "paper"), ("--preset",)),
+])
+def test_a_wrong_wish_is_one_line(finished, run, tmp_path, args, words):
+    lora("wrong.safetensors", chapter.load_pipeline(finished[0] / "2-rf-0"), name="lora_unet_no_such_layer")
+    folder = str(finished[0] / "2-rf-0")
+    code, out, err = run("sample", *(folder if word == "FOLDER" else word for word in args))
+    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
+    one_line(err, *words)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, vocabulary):
+    """A tiny CLIP with random weights, as transformers saves it, with the tokenizer's files."""
+    from transformers import CLIPConfig, CLIPModel
+    size = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    vocab = json.loads(vocabulary[0].read_text())
+    text = size | dict(vocab_size=len(vocab), eos_token_id=vocab["<|endoftext|>"], max_position_embeddings=77)
+    vision = size | dict(image_size=24, patch_size=8, hidden_act="gelu")
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).eval()
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    for path in vocabulary:
+        shutil.copy(path, folder)
+    return folder, model
+
+
+def test_the_clip_score_is_that_of_transformers(judge):
+    folder, theirs = judge
+    ours, tokenizer = chapter.CLIP.from_folder(folder)
+    images, captions = torch.rand(3, 3, 24, 24), ["a red cross", "a blue", ""]
+    tokens = tokenizer(captions)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.48145466, 0.4578275, 0.40821073),
+                                                          (0.26862954, 0.26130258, 0.27577711)))
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=(images - mean) / std)
+    close(ours.embed_images(2 * images - 1), expected.image_embeds, atol=1e-5)
+    close(ours.embed_texts(tokens, tokenizer.end), expected.text_embeds, atol=1e-5)
+
+
+def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch):
+    rows = [{"image_id": i, "caption": f"a {c} circle"} for i, c in enumerate(["red", "green", "blue"] * 2)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
+    for i, picture in enumerate(chapter.shapes(6, 32, 0)[0]):
+        path = tmp_path / "real" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    monkeypatch.setattr(chapter, "inception_features", lambda *arguments: chapter.RandomFeatures())
+    code, out, err = run("evaluate", "--model", finished[0] / "distilled-0", "--captions", "captions.json", "--count", 5,
+                         "--clip", judge[0], "--fid", "--real", "real", "--device", "cpu", "--batch", 2)
+    assert code == 0, err
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["captions"] == 5 and result["size"] == [16, 16] and result["FID"] > 0
+    assert -1 <= result["CLIP score"] <= 1 and set(result["seconds per batch"]) == {"text", "U-Net", "decode"}
+    assert all(value > 0 for value in result["seconds per batch"].values())
+
+
+@pytest.mark.parametrize("args, words", [
+    ((), ("--captions",)), (("--captions", "nowhere.json"), ("nowhere.json",)), (("--fid",), ("--captions",)),
+    (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--clip", "nowhere"), ("config.json",)),
+    (("--captions", "c.txt", "--model", "nowhere"), ("nowhere",)),
+])
+def test_a_wrong_evaluation_is_one_line(run, tmp_path, args, words):
+    (tmp_path / "c.txt").write_text("a cat\na dog\n")
+    code, _, err = run("evaluate", *args)
+    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["c.txt"]
+    one_line(err, *words)
