@@ -797,7 +797,7 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
         return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
     solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
     if not solution.success:
-        raise ValueError(f"rk45 gave up at t = {solution.t[-1]:.3f}: {solution.message}")
+        raise UserError(f"rk45 gave up at t = {solution.t[-1]:.3f} ({solution.message}); lower --lr, add --fresh")
     return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
 
 
@@ -2324,7 +2324,7 @@ def log_line(path, stage, step, loss, floor, seconds, rate):
     """One aligned line on the screen and one row in metrics.csv."""
     if process()[0] == 0:
         beside = f"  floor {floor:8.4f}" if floor else ""
-        tqdm.write(f"{stage:>8}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
+        tqdm.write(f"{stage:>14}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
         try:
             with path.open("a", newline="") as file:
                 csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])
