@@ -1859,7 +1859,7 @@ def report(networks, images, features, label, config, device, folder):
     ceiling = {"FD": {"-": frechet_from_moments(*moments(others), *real)}, "to_teacher": None}
     results = {"real data": ceiling | manifold_metrics(held_out, others, config.neighbours)}
     results["real data"] |= {"evaluations": 0, "reflow": 0, "seconds": 0}
-    aim, strips = teacher_pictures(networks["1-RF"][1], config, images.shape[1:], device), {}
+    aim, strips = ode_pictures(networks["1-RF"][1], config, images.shape[1:], device), {}
     strips["1-RF, 20 evaluations"] = aim[:16]
     starts = {"consistency": karras_times(2)[-1].item(), "ict": karras_times(2)[-1].item()}
     for name, by_steps in networks.items():
@@ -1876,7 +1876,7 @@ def report(networks, images, features, label, config, device, folder):
     draw_quality(results, label, folder)
 
 
-def teacher_pictures(flow, config, shape, device):
+def ode_pictures(flow, config, shape, device):
     """Where 1-RF's ODE carries the noises of every evaluation, by ten Heun steps.  (eval_size, C, H, W) on the CPU."""
     velocity, images = Velocity(flow, config), []
     for index in torch.arange(config.eval_size, device=device).split(config.shard):
