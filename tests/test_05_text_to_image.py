@@ -7,7 +7,6 @@ the chapter does without them.
 import csv
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
