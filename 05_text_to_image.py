@@ -495,7 +495,7 @@ class Slices(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The VAE in training: pictures x (B, 3, H, W) -> |x - decode(z)| and KL(q(z | x), N(0, I)), both (B,)."""
+    """The VAE in training: pictures x (B, 3, H, W) -> (B, 2): |x - decode(z)|, KL(q(z | x), N(0, I))."""
 
     def __init__(self, vae):
         super().__init__()
@@ -505,7 +505,7 @@ class Autoencoder(nn.Module):
         mean, logvar = self.vae.encode(x)
         z = mean + (logvar / 2).exp() * torch.randn_like(mean)
         kl = (mean ** 2 + logvar.exp() - 1 - logvar) / 2
-        return (self.vae.decode(z) - x).abs().flatten(1).mean(1), kl.flatten(1).sum(1)
+        return torch.stack([(self.vae.decode(z) - x).abs().flatten(1).mean(1), kl.flatten(1).sum(1)], 1)
 
 
 def autoencoder_loss(images, config):
@@ -513,7 +513,8 @@ def autoencoder_loss(images, config):
     batch = config.batch // process()[1]
 
     def loss_fn(model, ema, step):
-        error, kl = model(to_floats(images[torch.randint(len(images), (batch,), device=images.device)]))
+        x = to_floats(images[torch.randint(len(images), (batch,), device=images.device)])
+        error, kl = model(x).unbind(1)
         return error + config.kl * kl / images[0].numel()
     return loss_fn
 

@@ -783,7 +783,7 @@ def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
 
 
 @pytest.mark.parametrize("args, words", [
-    ((), ("--model",)), (("--model", "nowhere"), ("nowhere", "folder")), (("--model", "FOLDER"), ("--prompt",)),
+    ((), ("--model",)), (("--model", "nowhere", "--prompt", "a"), ("nowhere", "folder")), (("--model", "FOLDER"), ("--prompt",)),
     (("--model", "FOLDER", "--prompt", ""), ("--prompt",)), (("--model", "FOLDER", "--prompt"), ("--prompt",)),
     (("--model", "FOLDER", "--prompt", "a", "--size", "15"), ("--size 15", "divisible by 2")),
     (("--model", "FOLDER", "--prompt", "a", "--size", "16", "16", "16"), ("--size",)),
