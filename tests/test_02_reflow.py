@@ -450,15 +450,6 @@ def test_moments_of_the_data_are_computed_once(tmp_path, monkeypatch):
         chapter.data_moments(images, features, "some", CPU)
 
 
-def test_a_flow_that_rk45_cannot_follow_is_a_user_error():
-    """As may be after training with too large a --lr: no samples, and a line that says so."""
-    velocity = tiny_velocity()
-    for p in velocity.flow.parameters():
-        p.data *= 1e20
-    with pytest.raises(chapter.UserError, match="rk45.*--lr"):
-        chapter.generate(velocity, tiny_config(), (3, 8, 8), CPU, 1, "rk45")
-
-
 def test_the_distance_of_a_set_to_itself_is_zero():
     images, features = chapter.shapes(300, 8)[0], chapter.RandomFeatures()
     real = chapter.feature_moments(images, features, CPU)
