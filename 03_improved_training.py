@@ -1817,8 +1817,8 @@ def report_inversion(flows, images, labels, class_names, config, device, folder,
     """Reconstruction error against evaluations, |z|^2 against chi-squared, and pictures edited through their noise."""
     x1, labels = to_floats(images[:count].to(device)), labels[:count]
     errors, noises, summary = {}, {}, {}
-    torch.manual_seed(seed_for(config.seed, 4))
     for name, networks in flows.items():
+        torch.manual_seed(seed_for(config.seed, 4))        # every network inverts the same slightly noisy pictures
         velocity = Velocity(networks[0], config)
         own = labels if velocity.classes else None
         trips = {n: round_trip(velocity, x1, own, n, config.invert_noise) for n in (1, 2, 4, 8)}
@@ -1842,7 +1842,9 @@ def edit(velocity, z0, x1, labels, class_names, shown=10):
     strips = {"real": x1[:shown].cpu(), "reconstructed": decode(z0[:shown], own)}
     for c in range(min(velocity.classes, 4)):
         strips[f"as {class_names[c]}"] = decode(z0[:shown], torch.full_like(labels[:shown], c))
-    line = torch.stack([slerp(z0[0], z0[1], share) for share in torch.linspace(0, 1, shown, device=z0.device)])
+    mates = (labels == labels[0]).nonzero().flatten() if velocity.classes else torch.arange(len(x1), device=x1.device)
+    other = mates[(x1[mates] - x1[0]).flatten(1).norm(dim=1).argmax()]      # the least alike picture of its class
+    line = torch.stack([slerp(z0[0], z0[other], share) for share in torch.linspace(0, 1, shown, device=z0.device)])
     return strips | {"interpolated": decode(line, None if own is None else labels[:1].expand(shown))}
 
 

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
+
+# For this process and those that tests start; the threads must be set before torch is imported.
+os.environ["MPLBACKEND"] = "Agg"                    # figures without a screen
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # tests run side by side, one on each core (pytest -n auto)
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["MPLBACKEND"] = "Agg"        # figures without a screen, here and in the processes that tests start
 
 
 def load(name):
