@@ -83,9 +83,10 @@ def bad_code(notebook):
             wrong.append(f"cell {cell.id}: not plain Python ({error})")
             continue
         wrong += [f"cell {cell.id} imports {name}" for name in sorted(names - PACKAGES - sys.stdlib_module_names)]
+        if cell is code_cells(notebook)[0]:                # the one that finds the scripts: nobody needs to read it
+            continue
         wrong += [f"cell {cell.id}: a line of {len(line)}" for line in lines if len(line) > LINE_LENGTH]
-        if len(lines) > CELL_LINES and cell is not code_cells(notebook)[0]:
-            wrong.append(f"cell {cell.id} has {len(lines)} lines")
+        wrong += [f"cell {cell.id} has {len(lines)} lines"] if len(lines) > CELL_LINES else []
     return wrong
 
 
@@ -258,11 +259,12 @@ def plant(check, change):
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", f"written to {ROOT}/runs"))),
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", "/home/ada/flow/runs"))),
     (private, lambda nb, cell: cell.update(source="folder = 'C:\\\\Users\\\\ada'")),
-    (private, lambda nb, cell: cell.outputs.append(stream("stdout", f"on {platform.node()}."))),
+    (private, lambda nb, cell: cell.outputs.append(stream("stdout", "on grace-hopper-7."))),
     (lambda nb: bad_head(nb, NOTEBOOKS[0].name), lambda nb, cell: nb.cells[0].update(source="# No badge")),
     (lambda nb: bad_head(nb, NOTEBOOKS[0].name), lambda nb, cell: nb.cells.pop(1)),
 ])
-def test_checks_object(check, change):
+def test_checks_object(check, change, monkeypatch):
+    monkeypatch.setattr(platform, "node", lambda: "grace-hopper-7")
     assert plant(check, change)
 
 
