@@ -1,4 +1,4 @@
-"""The walkthrough notebooks: they run from top to bottom at tiny sizes, and what is committed is whole, small and clean.
+"""The walkthrough notebooks run from top to bottom at tiny sizes, and what is committed is whole, small and clean.
 
 The tiny sizes stand in the metadata of a notebook's cell tagged `parameters`, under "fast": name -> value.  Each check
 takes a notebook and returns what is wrong with it; the last part proves that each of them objects when it should.
@@ -255,7 +255,7 @@ def plant(check, change):
     (bad_outputs, lambda nb, cell: cell.update(execution_count=None)),
     (bad_outputs, lambda nb, cell: cell.outputs.append(nbformat.v4.new_output("error", ename="E", evalue="e"))),
     (bad_outputs, lambda nb, cell: cell.outputs.append(stream("stderr", "UserWarning: slow"))),
-    (bad_outputs, lambda nb, cell: cell.outputs.append(stream("stdout", " 40%|####      | 4/10 [00:01<00:02, 3.1it/s]"))),
+    (bad_outputs, lambda nb, cell: cell.outputs.append(stream("stdout", " 40%|####  | 4/10 [00:01<00:02, 3.1it/s]"))),
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", f"written to {ROOT}/runs"))),
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", "/home/ada/flow/runs"))),
     (private, lambda nb, cell: cell.update(source="folder = 'C:\\\\Users\\\\ada'")),
