@@ -420,21 +420,17 @@ class VelocityMLP(nn.Module):
 
 
 def new_figure(columns, rows=1, size=4.0):
-    """A row of square panels without frames.  matplotlib is imported here: training does not need it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False,
-                                   layout="constrained", facecolor="white")
+    """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
+    from matplotlib.figure import Figure                   # here: training does not need it
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
 
 
 def save_figure(figure, path):
-    """Write the file whole or not at all, and free the memory."""
-    from matplotlib import pyplot
+    """Write the file whole or not at all."""
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def angle_colours(x0):
@@ -511,8 +507,10 @@ def draw_gif(paths, jumps, data, folder, frames=48):
 
     paths, jumps: dicts of panel name -> (frames + 1, n, 2).
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
     figure, axes = new_figure(len(paths), rows=2, size=2.6)
+    canvas = FigureCanvasAgg(figure)
     dots, images = [], []
     for row, panels in zip(axes, (paths, jumps)):
         for axis, (name, path) in zip(row, panels.items()):
@@ -522,8 +520,8 @@ def draw_gif(paths, jumps, data, folder, frames=48):
     for i in list(range(frames + 1)) + [frames] * 16:                      # rest at the end before starting over
         for dot, path in dots:
             dot.set_offsets(path[i].numpy())
-        figure.canvas.draw()
-        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64))
     with replacing(folder / "flow.gif") as part:
         images[0].save(part, save_all=True, append_images=images[1:], duration=50, loop=0)
 

@@ -828,22 +828,18 @@ class UNet(nn.Module):
 
 # Copied from 01_rectified_flow.py
 def new_figure(columns, rows=1, size=4.0):
-    """A row of square panels without frames.  matplotlib is imported here: training does not need it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False,
-                                   layout="constrained", facecolor="white")
+    """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
+    from matplotlib.figure import Figure                   # here: training does not need it
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
 
 
 # Copied from 01_rectified_flow.py
 def save_figure(figure, path):
-    """Write the file whole or not at all, and free the memory."""
-    from matplotlib import pyplot
+    """Write the file whole or not at all."""
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def tile(images):

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import pytest
 
 # For this process and those that tests start; the threads must be set before torch is imported.
-os.environ["MPLBACKEND"] = "Agg"                    # figures without a screen
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # tests run side by side, one on each core (pytest -n auto)
 
 import torch  # noqa: E402

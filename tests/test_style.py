@@ -160,7 +160,7 @@ def line_length(script):
 
 IMPORT_QUIETLY = """
 import contextlib, importlib.util, io, json, sys, time
-import torch, torchvision, scipy.optimize, scipy.integrate, PIL.Image, tqdm, einops, matplotlib.pyplot  # off the clock
+import torch, torchvision, scipy.optimize, scipy.integrate, PIL.Image, tqdm, einops, matplotlib.figure  # off the clock
 def guard(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir"):
         raise RuntimeError(event)
