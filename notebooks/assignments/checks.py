@@ -13,22 +13,24 @@ def expect(attempt, want, equation, mistakes=None, tolerance=1e-4):
 
     attempt: () -> tensor, number, or tuple of them;  want: the same.  mistakes: {what went wrong: what that gives};
     a function there is called only when it is needed.  tolerance: absolute, and relative to want.
-    NotImplementedError passes through: the exercise is not written yet.
+    NotImplementedError (not written yet) and NameError (a cell was not run) pass through.
     """
     try:
         got = attempt()
-    except (NotImplementedError, AssertionError):
+    except (NotImplementedError, AssertionError, NameError):
         raise
     except Exception as error:
         hint = ("\n  Often: t has shape (B,) and must get trailing axes, (B, 1, ..., 1), before it meets x (B, *D)."
                 if any(word in str(error) for word in SIZES) else "")
         raise AssertionError(f"{equation}\n  Your code raised {type(error).__name__}: {first_line(error)}{hint}") from error
-    got, want = parts(got, equation), parts(want, equation)
+    together, got, want = isinstance(want, tuple), parts(got, equation), parts(want, equation)
     if agree(got, want, tolerance):
         return
     for description, value in (mistakes or {}).items():
         if looks_like(got, value, equation, tolerance):
             raise AssertionError(f"{equation}\n  Likely mistake: {description}")
+    if together and len(got) == len(want) and all(map(permuted, got, want)):
+        raise AssertionError(f"{equation}\n  Likely mistake: the pairs are shuffled; what belongs together must stay so")
     raise AssertionError(f"{equation}\n  expected {show(want)}\n  got      {show(got)}")
 
 
@@ -65,6 +67,13 @@ def looks_like(got, value, equation, tolerance):
         return agree(got, parts(value() if callable(value) else value, equation), tolerance)
     except Exception:
         return False
+
+
+def permuted(got, want):
+    """Whether the samples of `got` are those of `want`, in whatever order."""
+    if got.shape != want.shape or got.dim() < 2:
+        return False
+    return bool((torch.cdist(got.flatten(1), want.flatten(1)).amin(1) < 1e-3).all())
 
 
 def show(tensors):

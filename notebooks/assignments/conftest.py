@@ -21,10 +21,13 @@ def pytest_addoption(parser):
     group.addoption("--memory", type=int, default=4096, help="MiB that a submission may take (%(default)s; Linux)")
 
 
-def pytest_configure(config):
-    """Grade before collecting, so that every exercise becomes a test."""
-    if not hasattr(config.option, "submission"):            # pytest of the whole repository: nothing to grade
-        return
+@pytest.hookimpl(tryfirst=True)                             # before pytest prints its head
+def pytest_sessionstart(session):
+    """Grade before collecting, so that every exercise becomes a test.
+
+    pytest does not call this when it finds this folder only while it collects the whole repository: nothing to grade.
+    """
+    config = session.config
     if not config.option.submission:
         raise pytest.UsageError("nothing to grade: python -m pytest notebooks/assignments --submission my_hw1.ipynb")
     path = Path(config.invocation_params.dir, config.option.submission)
@@ -35,6 +38,8 @@ def pytest_configure(config):
     except GradingError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[REPORT] = report
+    if config.option.tbstyle == "auto":                     # the summary below says it all, once
+        config.option.tbstyle, config.option.reportchars = "no", "N"
 
 
 def pytest_ignore_collect(collection_path, config):

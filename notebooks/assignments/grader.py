@@ -9,6 +9,7 @@ This protects the grading against accidents and simple tricks.  It is no sandbox
 read and write your files, so grade in a container (README.md).
 """
 import builtins
+import gc
 import inspect
 import json
 import os
@@ -171,6 +172,8 @@ def explain(error, hint):
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
         return f"your code ended the program ({type(error).__name__}); a function only returns its result"
     text = (str(error).splitlines() or [""])[0][:300]
+    if isinstance(error, NameError) and getattr(error, "name", None):
+        text += f": is the cell missing, or was {error.name} renamed?"
     where = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):                      # its frames are ours; the place is in the error itself
         where = [(error.filename or "", error.lineno)]
@@ -240,6 +243,8 @@ def fork(job, fresh, guard):
         os.setsid()
         for end, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (output[1], 1), (output[1], 2)):
             os.dup2(end, standard)
+        low, high = sorted((talk[1], whisper[0]))           # whatever else the server has open is not for submissions
+        os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, 1024)
         os.chdir(tempfile.mkdtemp(prefix="homework-", dir=job["scratch"]))
         child(job, fresh, guard, lambda line: os.write(talk[1], line.encode() + b"\n"),
               lambda: os.read(whisper[0], 100).decode())
@@ -314,6 +319,7 @@ def prepare(homework):
     scripts = [module for name, module in sys.modules.items() if re.match(r"\d\d_", name)]
     guard = Guard(torch, torch.Tensor, torch.nn, torch.nn.functional, sys.modules["math"], json, os,
                   sys.modules["checks"], sys.modules[__name__], *scripts)
+    gc.freeze()                                             # the collector of a child does not touch what it shares
     return names, guard
 
 
