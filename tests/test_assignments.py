@@ -17,9 +17,9 @@ from wrong_answers import WRONG_ANSWERS
 
 FOLDER = ROOT / "notebooks" / "assignments"
 HOMEWORKS = ["hw1", "hw2", "hw3", "hw4", "hw5"]
-sys.path.insert(0, str(FOLDER))
-from grader import GradingError, Homework, grade_all, homework_of, read_notebook  # noqa: E402
-from release import ReleaseError, main as release_main, release  # noqa: E402
+sys.path.append(str(FOLDER))
+from grader import GradingError, Homework, grade_all, homework_of, read_notebook
+from release import ReleaseError, main as release_main, release
 
 
 def source(name):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))    # this folder is a package only so that names do not clash
-from grader import GradingError, grade_all  # noqa: E402
+from grader import GradingError, grade_all
 
 REPORT = pytest.StashKey()
 
@@ -39,7 +39,7 @@ def pytest_sessionstart(session):
         raise pytest.UsageError(str(error)) from None
     config.stash[REPORT] = report
     if config.option.tbstyle == "auto":                     # the summary below says it all, once
-        config.option.tbstyle, config.option.reportchars = "no", "N"
+        config.option.tbstyle, config.pluginmanager.get_plugin("terminalreporter").reportchars = "no", ""
 
 
 def pytest_ignore_collect(collection_path, config):
