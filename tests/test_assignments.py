@@ -240,7 +240,7 @@ HOSTILE = {                                                 # code of interpolat
     "has a syntax error": ("def interpolate(x0, x1, t)\n    return x0", "SyntaxError"),
     "was renamed": ("def interpolation(x0, x1, t):\n    return x0", "was interpolate renamed?"),
     "loops when called": ("def interpolate(x0, x1, t):\n    while True:\n        pass", "longer than the time limit"),
-    "loops in the cell": ("while True:\n    pass", "longer than the time limit"),
+    "hangs in the cell": ("import threading\nthreading.Event().wait()", "longer than the time limit"),
     "prints megabytes": ("for i in range(3000):\n    print('x' * 10000)" + GOOD, None),
     "prints megabytes when called": ("def interpolate(*a):\n    print('x' * 30_000_000, flush=True)\n    return 1.0",
                                      "expected"),
@@ -272,7 +272,7 @@ HOSTILE = {                                                 # code of interpolat
 def hostile():
     """Reports of the hostile and the clumsy, by one server with a short time limit."""
     notebooks = {name: answer("hw1", "interpolate", code) for name, (code, _) in HOSTILE.items()} | clumsy()
-    return dict(zip(notebooks, grade_all(notebooks.values(), seconds=3)))
+    return dict(zip(notebooks, grade_all(notebooks.values(), seconds=4)))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -387,7 +387,7 @@ def test_pytest_of_the_whole_repository_collects_no_homework(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text("NUMBER = 3\n")
     (tmp_path / "tests" / "test_it.py").write_text("from conftest import NUMBER\n\ndef test_it():\n    assert NUMBER == 3\n")
-    for arguments in ([], ["tests"], ["."]):
+    for arguments in ([], ["tests"]):
         run = pytest_here(*arguments, cwd=tmp_path)
         assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
 
