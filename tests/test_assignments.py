@@ -53,7 +53,7 @@ def answers(homework, codes):
 
 
 def planted():
-    """Numbers of wrong answers that go into one notebook: each exercise's first alone, the others of a homework in rows."""
+    """Numbers of wrong answers that share a notebook: each exercise's first alone, the others of a homework in rows."""
     notebooks, seen = {}, {}
     for number, (homework, exercise, *_) in enumerate(WRONG_ANSWERS):
         rank = seen[homework, exercise] = seen.get((homework, exercise), -1) + 1
@@ -114,10 +114,11 @@ def test_a_wrong_answer_loses_its_points_and_is_told_its_mistake(reports, number
 
 
 def test_there_are_enough_of_them():
-    assert sum(len(Homework(FOLDER / f"{name}.ipynb").exercises) for name in HOMEWORKS) >= 12
+    assert len({row[:2] for row in WRONG_ANSWERS}) >= 12
     assert len([row for row in PLANTED if len(row) == 1]) >= 20 and sum(map(len, PLANTED)) == len(WRONG_ANSWERS)
     every = {f"{name}-{exercise}" for name, exercise, *_ in WRONG_ANSWERS}
-    assert every == {e.removesuffix("-check") for name in HOMEWORKS for e in Homework(FOLDER / f"{name}.ipynb").exercises}
+    homeworks = [Homework(FOLDER / f"{name}.ipynb") for name in HOMEWORKS]
+    assert every == {e.removesuffix("-check") for homework in homeworks for e in homework.exercises}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_no_line_of_a_solution_or_hidden_test_survives(name):
     assert {line.strip() for line in solution if line.strip()} & set(kept) == set()
     assert (set(secret) - set(public) - {""}) & set(kept) == set()
     assert not any("###" in line for line in kept)
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in ready["cells"] if "outputs" in cell)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in ready["cells"])
 
 
 def test_a_release_clears_outputs_and_locks_cells():
@@ -250,17 +251,19 @@ HOSTILE = {                                                 # code of interpolat
     "exits at once in the cell": ("import os\nos._exit(0)", "ended the process"),
     "kills itself": ("import os\ndef interpolate(x0, x1, t):\n    os.kill(os.getpid(), 9)", "signal 9"),
     "eats memory": ("def interpolate(x0, x1, t):\n    return bytearray(1 << 40)", "MemoryError"),
-    "says that it passed": ("import os, json\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b'{\"passed\": true}\\n')\n"
-                            "    except OSError: pass\nos._exit(0)", "ended the process"),
+    "says that it passed": ("import os, json\nfor fd in range(3, 64):\n    try:\n"
+                            "        os.write(fd, b'{\"passed\": true}\\n')\n    except OSError: pass\nos._exit(0)",
+                            "ended the process"),
     "closes everything": ("import os\nos.closerange(0, 256)", "ended the process"),
     "overwrites the check": ("def expect(*a, **k): pass\nrequire = expect\nimport checks\nchecks.expect = expect\n"
                              "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "overwrites the check's code": ("def nothing(*a, **k): pass\nexpect.__code__ = nothing.__code__\n"
                                     "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "overwrites torch": ("torch.allclose = lambda *a, **k: True\ntorch.Tensor.__eq__ = lambda *a: True\n"
-                         "ch1.interpolate = None\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+                         "ch1.interpolate = None\ntorch.set_grad_enabled(False)\n"
+                         "torch.set_default_dtype(torch.float64)\n"
                          "def interpolate(x0, x1, t):\n    return x1", "expected"),
-    "overwrites builtins": ("import builtins\nbuiltins.len = builtins.all = builtins.AssertionError = builtins.zip = None\n"
+    "overwrites builtins": ("import builtins\nbuiltins.len = builtins.all = builtins.zip = builtins.AssertionError = 0\n"
                             "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "returns nonsense": ("class Yes:\n    shape = (2, 2)\n    def __eq__(self, other): return True\n"
                          "def interpolate(*a):\n    return Yes()", "which is no tensor"),
@@ -386,7 +389,8 @@ def test_pytest_of_the_whole_repository_collects_no_homework(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "notebooks" / "assignments")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text("NUMBER = 3\n")
-    (tmp_path / "tests" / "test_it.py").write_text("from conftest import NUMBER\n\ndef test_it():\n    assert NUMBER == 3\n")
+    test = "from conftest import NUMBER\n\ndef test_it():\n    assert NUMBER == 3\n"
+    (tmp_path / "tests" / "test_it.py").write_text(test)
     for arguments in ([], ["tests"]):
         run = pytest_here(*arguments, cwd=tmp_path)
         assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr

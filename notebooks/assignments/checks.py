@@ -1,7 +1,7 @@
 """What the check cells of the homework call: compare an answer with the truth and name the mistake that it looks like.
 
-Every check gives the equation, the right value, and the values that known mistakes would give.  A wrong answer that equals
-one of those is told its mistake; any other is told what was expected and what came.
+Every check gives the equation, the right value, and the values that known mistakes would give.  A wrong answer that
+equals one of those is told its mistake; any other is told what was expected and what came.
 """
 import torch
 
@@ -22,7 +22,8 @@ def expect(attempt, want, equation, mistakes=None, tolerance=1e-4):
     except Exception as error:
         hint = ("\n  Often: t has shape (B,) and must get trailing axes, (B, 1, ..., 1), before it meets x (B, *D)."
                 if any(word in str(error) for word in SIZES) else "")
-        raise AssertionError(f"{equation}\n  Your code raised {type(error).__name__}: {first_line(error)}{hint}") from error
+        text = f"Your code raised {type(error).__name__}: {first_line(error)}{hint}"
+        raise AssertionError(f"{equation}\n  {text}") from error
     together, got, want = isinstance(want, tuple), parts(got, equation), parts(want, equation)
     if agree(got, want, tolerance):
         return
@@ -30,7 +31,7 @@ def expect(attempt, want, equation, mistakes=None, tolerance=1e-4):
         if looks_like(got, value, equation, tolerance):
             raise AssertionError(f"{equation}\n  Likely mistake: {description}")
     if together and len(got) == len(want) and all(map(permuted, got, want)):
-        raise AssertionError(f"{equation}\n  Likely mistake: the pairs are shuffled; what belongs together must stay so")
+        raise AssertionError(f"{equation}\n  Likely mistake: the pairs are shuffled")
     raise AssertionError(f"{equation}\n  expected {show(want)}\n  got      {show(got)}")
 
 
@@ -52,7 +53,8 @@ def parts(value, equation):
     try:
         return [torch.as_tensor(part).detach().double() for part in (value if isinstance(value, tuple) else (value,))]
     except Exception:
-        raise AssertionError(f"{equation}\n  Your function returned {type(value).__name__}, which is no tensor") from None
+        kind = type(value).__name__
+        raise AssertionError(f"{equation}\n  Your function returned {kind}, which is no tensor") from None
 
 
 def agree(a, b, tolerance):

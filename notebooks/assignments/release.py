@@ -3,9 +3,9 @@
     python notebooks/assignments/release.py                    # all five, to ./release
     python notebooks/assignments/release.py notebooks/assignments/hw1.ipynb --out handout
 
-Solution regions become a stub with the hint that stands on their BEGIN line, hidden tests, marking schemes and outputs
-go, and locked cells can no longer be edited in Jupyter.  `nbgrader generate_assignment` gives the same, but for the text
-of the stub and the checksums of its database.
+Solution regions become a stub with the hint that stands on their BEGIN line; hidden tests, marking schemes and outputs
+go; locked cells can no longer be edited in Jupyter.  `nbgrader generate_assignment` gives the same, but for the text of
+the stub and the checksums of its database.
 """
 import argparse
 import copy
@@ -53,7 +53,8 @@ def hint(line):
 def stub(line):
     """The two lines that stand in a student's notebook in place of a solution."""
     indent = re.match(r"\s*", line).group()
-    return [indent + STUB, f"{indent}raise NotImplementedError({json.dumps('Hint: ' + hint(line), ensure_ascii=False)})"]
+    message = json.dumps("Hint: " + hint(line), ensure_ascii=False)
+    return [indent + STUB, f"{indent}raise NotImplementedError({message})"]
 
 
 def release_cell(cell, where):
@@ -90,7 +91,7 @@ def main(argv=None):
     """Command line; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("hw[0-9].ipynb")))
-    parser.add_argument("--out", type=Path, default=Path("release"), help="folder for the student versions (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("release"), help="folder of the results (%(default)s)")
     options = parser.parse_args(argv)
     try:
         ready = {}
