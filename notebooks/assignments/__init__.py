@@ -1,0 +1,1 @@
+"""Homework for the five chapters: source notebooks, release.py, and grading by pytest.  README.md is for lecturers."""

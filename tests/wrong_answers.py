@@ -1,0 +1,263 @@
+"""Planted wrong answers: (homework, exercise, code of the student's cell, words that the feedback must hold).
+
+Each is a mistake that people make, and must lose the points of its exercise and no others.
+"""
+
+WRONG_ANSWERS = [
+    ("hw1", "interpolate", """
+def interpolate(x0, x1, t):
+    return (1 - t) * x0 + t * x1
+""", "t is not broadcast"),
+    ("hw1", "interpolate", """
+def interpolate(x0, x1, t):
+    t = t.reshape(-1, *[1] * (x0.dim() - 1))
+    return t * x0 + (1 - t) * x1
+""", "t and 1 - t are exchanged"),
+    ("hw1", "interpolate", """
+def interpolate(x0, x1, t):
+    return (1 - t[:, None]) * x0 + t[:, None] * x1      # points only
+""", "an image needs (B, 1, 1, 1)"),
+    ("hw1", "interpolate", """
+def interpolate(x0, x1, t):
+    xt = ch1.interpolate(x0, x1, t)
+""", "is `return` missing"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x0 - x1)).square().flatten(1).mean(1)
+""", "the target is reversed"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(x1, t) - (x1 - x0)).square().flatten(1).mean(1)
+""", "fed x1 in place of x_t"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().mean()
+""", "the mean over the batch too"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().flatten(1).sum(1)
+""", "the sum over the coordinates"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    for i in range(steps):
+        x0 = x0 + velocity(x0, x0.new_full((len(x0),), i / steps))
+    return x0
+""", "the step is not divided by N"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    for i in range(1, steps + 1):
+        x0 = x0 + velocity(x0, x0.new_full((len(x0),), i / steps)) / steps
+    return x0
+""", "the velocity is taken at the end of each step"),
+    ("hw1", "gaussian", """
+def gaussian_velocity(x, t, mean, std):
+    t = t[:, None]
+    return mean + (t * std ** 2 + (1 - t)) / ((1 - t) ** 2 + (t * std) ** 2) * (x - t * mean)
+""", "the sign of x0's term"),
+    ("hw1", "gaussian", """
+def gaussian_velocity(x, t, mean, std):
+    t = t[:, None]
+    return mean + (t * std ** 2 - (1 - t)) / ((1 - t) + t * std ** 2) * (x - t * mean)
+""", "Var(x_t) has squares"),
+    ("hw1", "straightness", """
+def straightness(path):
+    return (path.diff(dim=0) - (path[-1] - path[0])).square().flatten(2).sum(2).mean()
+""", "displacements are not turned into velocities"),
+    ("hw1", "straightness", """
+def straightness(path):
+    return (path.diff(dim=0) * (len(path) - 1) - (path[-1] - path[0])).square().mean()
+""", "the mean over the coordinates"),
+    ("hw2", "heun", """
+def heun_step(velocity, z, t, h):
+    v = velocity(z, t)
+    return z + h * (v + velocity(z + h * v, t)) / 2
+""", "the second slope is taken at time t"),
+    ("hw2", "heun", """
+def heun_step(velocity, z, t, h):
+    return z + h * velocity(z, t)
+""", "Euler's step"),
+    ("hw2", "ema", """
+def ema_update(average, weights, decay):
+    for a, w in zip(average, weights):
+        a = decay * a + (1 - decay) * w
+""", "the tensors did not change"),
+    ("hw2", "ema", """
+def ema_update(average, weights, decay):
+    for a, w in zip(average, weights):
+        a.lerp_(w.detach(), decay)
+""", "the decay stands at the weights"),
+    ("hw2", "pairs", """
+def make_pairs(model, ema, z0, steps):
+    return z0, ch2.integrate(model, z0, steps, "heun")[-1]
+""", "the EMA is not used"),
+    ("hw2", "pairs", """
+def make_pairs(model, ema, z0, steps):
+    return z0, ch2.integrate(ema, z0[torch.randperm(len(z0))], steps, "heun")[-1]
+""", "the pairs are shuffled"),
+    ("hw2", "pairs", """
+def make_pairs(model, ema, z0, steps):
+    return z0, ch2.integrate(ema, z0, steps)[-1]
+""", "Euler's method"),
+    ("hw2", "draw", """
+def draw_pairs(z0, z1, n):
+    return z0[torch.randint(len(z0), (n,))], z1[torch.randint(len(z1), (n,))]
+""", "the pairs are shuffled"),
+    ("hw2", "draw", """
+def draw_pairs(z0, z1, n):
+    return z0[:n], z1[:n]
+""", "always the first n pairs"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = ch1.pair_loss(ch1.draw_stored(z0, z1[torch.randperm(len(z1))]), config, "cpu")
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "the pairs are shuffled"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    draw = ch1.draw_stored(*ch1.make_pairs(teacher, noise, 16))
+    network = ch1.VelocityMLP(config.width, config.depth)
+    for step, loss, ema in ch1.train(network, ch1.pair_loss(draw, config, "cpu"), config):
+        pass
+    return network
+""", "the EMA is not used"),
+    ("hw3", "times", """
+def u_shaped(y, a):
+    return 0.5 + torch.asinh((2 * y - 1) * math.sinh(a)) / a
+""", "sinh(a) in place of sinh(a/2)"),
+    ("hw3", "times", """
+def u_shaped(y, a):
+    return 0.5 + torch.sinh(a * (y - 0.5)) / (2 * math.sinh(a / 2))
+""", "the CDF itself"),
+    ("hw3", "huber", """
+def pseudo_huber(v, target):
+    d = v[0].numel()
+    c = 0.00054 * d ** 0.5
+    return (((v - target).flatten(1).square().sum(1) + c ** 2).sqrt() - c) / d
+""", "the constant has sqrt(d)"),
+    ("hw3", "huber", """
+def pseudo_huber(v, target):
+    c = 0.00054 * v[0].numel()
+    return ((v - target).flatten(1).square().sum(1) + c ** 2).sqrt() - c
+""", "the division by d is missing"),
+    ("hw3", "lpips", """
+def perceptual_loss(v, x0, x1, t, lpips):
+    return t * ch3.pseudo_huber(v, x1 - x0) + lpips(x1, ch3.interpolate(x0, x1, t))
+""", "LPIPS compares x1 with x_t"),
+    ("hw3", "lpips", """
+def perceptual_loss(v, x0, x1, t, lpips):
+    x1_hat = ch3.interpolate(x0, x1, t) + (1 - t).reshape(-1, 1, 1, 1) * v
+    return (1 - t) * ch3.pseudo_huber(v, x1 - x0) + lpips(x1, x1_hat)
+""", "1 - t for a weight"),
+    ("hw3", "teacher", """
+def denoiser_velocity(denoiser, xt, t):
+    time = t.reshape(-1, *[1] * (xt.dim() - 1))
+    return (denoiser(xt, (1 - t) / t) - xt) / (1 - time)
+""", "fed x_t in place of y"),
+    ("hw3", "teacher", """
+def denoiser_velocity(denoiser, xt, t):
+    time = t.reshape(-1, *[1] * (xt.dim() - 1))
+    return (denoiser(xt / time, (1 - t) / t) - xt) / time
+""", "the difference is divided by t"),
+    ("hw3", "few", """
+def few_steps(velocity, x0, steps):
+    return ch3.integrate(velocity, x0, steps)[-1]
+""", "Euler's rule"),
+    ("hw4", "coefficients", """
+def coefficients(sigma):
+    return sigma / (1 + sigma), 1 / (1 + sigma)
+""", "c_skip and c_out are exchanged"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    return (z0 + network(z0, torch.ones(len(z0))) - z1).square().flatten(1).mean(1)
+""", "noise stands at t = 1"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    t = torch.rand(len(z0))
+    return (z0 + network(z0, t) - z1).square().flatten(1).mean(1)
+""", "t is not exactly 0"),
+    ("hw4", "progressive", """
+def progressive_target(teacher, xt, t, steps):
+    with torch.no_grad():
+        v = teacher(xt, t)
+        return (v + teacher(xt + v / (2 * steps), t)) / 2
+""", "at time t in place of m"),
+    ("hw4", "progressive", """
+def progressive_target(teacher, xt, t, steps):
+    v = teacher(xt, t)
+    return (v + teacher(xt + v / (2 * steps), t + 0.5 / steps)) / 2
+""", "a gradient flows into the target"),
+    ("hw4", "consistency", """
+def consistency_loss(network, x0, x1, t, r):
+    c = 0.00054 * x0[0].numel()
+    a = ch4.jump(network, ch4.interpolate(x0, x1, t), t)
+    b = ch4.jump(network, ch4.interpolate(x0, x1, r), r).detach()
+    return t * r / (r - t) * (((a - b).flatten(1).square().sum(1) + c ** 2).sqrt() - c)
+""", "the constant has d in place of sqrt(d)"),
+    ("hw4", "consistency", """
+def consistency_loss(network, x0, x1, t, r):
+    c = 0.00054 * x0[0].numel() ** 0.5
+    a = ch4.jump(network, ch4.interpolate(x0, x1, t), t)
+    b = ch4.jump(network, ch4.interpolate(x0, x1, r), r)
+    return t * r / (r - t) * (((a - b).flatten(1).square().sum(1) + c ** 2).sqrt() - c)
+""", "the target is not detached"),
+    ("hw4", "grid", """
+def karras_times(n, low=0.002, high=80.0, rho=7):
+    root = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64)
+    return 1 / (1 + root ** rho)
+""", "the order is reversed"),
+    ("hw5", "guided", """
+def guided(velocity, x, t, text, null, scale):
+    v = velocity(x, t, text)
+    return v + scale * (v - velocity(x, t, null))
+""", "the scale is counted from the text"),
+    ("hw5", "eps", """
+def eps_to_flow(eps, xs, a, b):
+    A, B = (s.reshape(-1, *[1] * (xs.dim() - 1)) for s in (a, b))
+    return xs / (A + B), a / (a + b), eps - (xs - B * eps) / A
+""", "v is reversed"),
+    ("hw5", "eps", """
+def eps_to_flow(eps, xs, a, b):
+    A, B = (s.reshape(-1, *[1] * (xs.dim() - 1)) for s in (a, b))
+    return xs, a / (a + b), (xs - B * eps) / A - eps
+""", "x_t is x_s divided by a + b"),
+    ("hw5", "pairs", """
+def text_pairs(velocity, x0, text, null, scale, steps):
+    return x0, ch5.integrate(partial(velocity, text=text), x0, steps)[-1], text
+""", "guidance is not applied"),
+    ("hw5", "distill", """
+def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
+    z = x0 + velocity(x0, torch.ones(len(x0)), text)
+    return lpips(decode(z / scale), decode(x1 / scale))
+""", "noise stands at t = 1"),
+    ("hw5", "distill", """
+def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
+    return lpips(x0 + velocity(x0, torch.zeros(len(x0)), text), x1)
+""", "LPIPS compares latents"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i, j = torch.randint(4096, (2, config.batch))
+        return ch1.flow_matching_loss(partial(model, text=text[j]), x0[i], x1[j], torch.rand(config.batch))
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "the pairs are shuffled"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i, j = torch.randint(4096, (2, config.batch))
+        return ch1.flow_matching_loss(partial(model, text=text[j]), x0[i], x1[i], torch.rand(config.batch))
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "the texts are shuffled"),
+]
