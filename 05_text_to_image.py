@@ -108,7 +108,7 @@ class Config:
     batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
     guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=1.0, high=30.0)
     solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
-    pairs: int = option(2048, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
+    pairs: int = option(1536, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
@@ -1135,11 +1135,7 @@ class CLIPTokenizer:
                 best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
                 if best not in self.ranks:
                     break
-                i = 0
-                while i < len(parts) - 1:
-                    if (parts[i], parts[i + 1]) == best:
-                        parts[i:i + 2] = ["".join(best)]
-                    i += 1
+                parts = merge_pair(parts, best)
             self.cache[word] = [self.vocab.get(part, self.end) for part in parts]
         return self.cache[word]
 
@@ -2748,21 +2744,12 @@ def evaluate_main(config):
         if config.fid else None
     judge = CLIP.from_folder(config.clip) if config.clip else None
     pipe = open_model(config, device)
-    shape, prompts = latent_shape(pipe, config), Prompts(pipe, captions, config.negative, few=0)
     seconds, scores, seen = {"text": [], "U-Net": [], "decode": []}, [], []
-    network = Frozen(pipe.unet, config)
-    for index in tqdm(torch.arange(len(captions)).split(config.batch), "evaluating", disable=None):
-        x0 = pair_noise(seed_for(config.seed), index.to(device), shape)
-        text = timed(lambda: prompts(index), device, seconds["text"])
-        x1 = timed(lambda: carry(network, x0, text, prompts.null, config.solver, config.steps, config.guidance), device,
-                   seconds["U-Net"])
-        images = timed(lambda: decode_latents(pipe.vae, x1), device, seconds["decode"])
+    for index, images in illustrate(pipe, captions, config, device, seconds):
         if features:
             seen.append(features(resized(images)).cpu())
         if judge:
-            model, tokenizer = judge
-            words = model.embed_texts(tokenizer([captions[i] for i in index]), tokenizer.end)
-            scores += (model.embed_images(images.cpu()) * words).sum(1).tolist()
+            scores += clip_scores(*judge, images.cpu(), [captions[i] for i in index])
     half = len(seconds["text"]) > 1                        # the first batch also warms up
     result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]],
               "steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
@@ -2774,6 +2761,23 @@ def evaluate_main(config):
         result["CLIP score"] = float(np.mean(scores))
     save_json(config.out, result | surroundings())
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
+
+
+def illustrate(pipe, captions, config, device, seconds):
+    """A picture for each caption, in batches: yields numbers (B,), pictures (B, 3, H, W); appends times to seconds."""
+    shape, prompts = latent_shape(pipe, config), Prompts(pipe, captions, config.negative, few=0)
+    network, how = Frozen(pipe.unet, config), (config.solver, config.steps, config.guidance)
+    for index in tqdm(torch.arange(len(captions)).split(config.batch), "evaluating", disable=None):
+        x0 = pair_noise(seed_for(config.seed), index.to(device), shape)
+        text = timed(lambda: prompts(index), device, seconds["text"])
+        x1 = timed(lambda: carry(network, x0, text, prompts.null, *how), device, seconds["U-Net"])
+        yield index, timed(lambda: decode_latents(pipe.vae, x1), device, seconds["decode"])
+
+
+def clip_scores(model, tokenizer, images, captions):
+    """Cosines of pictures (B, 3, H, W) and their captions."""
+    words = model.embed_texts(tokenizer(captions), tokenizer.end)
+    return (model.embed_images(images) * words).sum(1).tolist()
 
 
 def resized(images, size=256):
