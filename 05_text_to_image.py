@@ -89,7 +89,7 @@ class Config:
     data_size: int = option(20000, "captioned shapes that the tiny teacher learns from", low=2)
     seeds: int = option(1, "students trained from the one teacher", low=1, high=100, free=True)
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
-    init: str = option("teacher", "2-RF's start: the teacher's weights, or those with conv_out negated",
+    init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
     direct: bool = option(True, "also distil the teacher directly, without reflow, at the same budget")
     vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
@@ -112,12 +112,12 @@ class Config:
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
-    reflow_steps: tuple = option((1000,), "training steps of 2-RF, one number a phase", low=1)
-    reflow_batch: tuple = option((32,), "pairs in a step of each phase", low=1)
+    reflow_steps: tuple = option((600,), "training steps of 2-RF, one number a phase", low=1)
+    reflow_batch: tuple = option((16,), "pairs in a step of each phase", low=1)
     distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=1.0, high=30.0)
     distill_solver_steps: int = option(8, "its Euler steps", low=1, high=1000)
-    distill_steps: tuple = option((500, 200), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
-    distill_batch: tuple = option((32, 32), "pairs in a step of each", low=1)
+    distill_steps: tuple = option((300, 100), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
+    distill_batch: tuple = option((16, 16), "pairs in a step of each", low=1)
     student_lr: float = option(1e-3, "peak learning rate of the students", low=0.0)
     lpips_lr: float = option(3e-4, "peak learning rate of the LPIPS phase", low=0.0)
     lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
@@ -151,7 +151,7 @@ class Config:
             lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained",
             eval_size=5000, checkpoint_every=1000),
         "paper": dict(                                     # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
-            image_size=512, direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
+            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
             reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
             distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
             lr_decay="constant", warmup=1000, ema_decay=0.9999, micro_batch=8, lpips_net="vgg", lpips_size=512,
@@ -2531,7 +2531,10 @@ def students(chain, seed):
 
 
 def negated(unet):
-    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0."""
+    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
+
+    From the teacher's own sign, training first unlearns to look at x0 and stays there long: 2-RF draws mean pictures.
+    """
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
         p.data.neg_()
@@ -2549,17 +2552,17 @@ def distill_phases(chain, draw, steps):
 
 
 def maps(chain, found):
-    """What is compared: heading -> (network, map); the untrained baseline reads the teacher as a velocity."""
-    config, prompts = chain.config, chain.prompts
-    teacher = Frozen(chain.pipe.unet, config)
-    rows = {f"teacher\n{config.solver_steps} steps": (teacher, "dpm", config.solver_steps, config.guidance)}
-    for steps in (1, 4):
-        rows[f"teacher as velocity\n{steps} step{'s' * (steps > 1)}"] = teacher, "ddim", steps, config.guidance
-    for name, heading, steps in (("2-rf", "2-RF", 1), ("2-rf", "2-RF", 4), ("distilled", "2-RF distilled", 1),
-                                 ("direct", "teacher distilled", 1)):
+    """What is compared: heading -> (network, map), of the U-Nets in found: name -> U-Net.  "ddim" needs no training."""
+    config, rows = chain.config, {}
+    for name, heading, solver, steps in (
+            ("teacher", "teacher", "dpm", config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
+            ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
+            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1)):
         if name in found:
-            rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = Frozen(found[name], config), "euler", steps, 1.0
-    return {heading: (row[0], flow_map(row[0], prompts, *row[1:])) for heading, row in rows.items()}
+            network, guidance = Frozen(found[name], config), config.guidance if name == "teacher" else 1.0
+            rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = network, flow_map(
+                network, chain.prompts, solver, steps, guidance)
+    return rows
 
 
 def measure(chain, found, features, real):
@@ -2594,14 +2597,12 @@ def print_table(results, label):
 # Differs from 03_improved_training.py: text to image
 def report(chain, networks, features, label, real):
     """Measure everything from the same noises, print the table, draw the figures.  networks: name -> U-Net, by seed."""
-    results, shown = {}, None
-    for found in networks:
+    results, shown = {}, {}
+    for found in [{"teacher": chain.pipe.unet}, *networks]:     # the teacher has no seeds
         rows, pictures = measure(chain, found, features, real)
-        shown = shown or pictures
         for heading, row in rows.items():
             results.setdefault(heading, []).append(row)
-    results = {heading: rows if "RF" in heading or "distilled" in heading else rows[:1]
-               for heading, rows in results.items()}       # the teacher has no seeds
+            shown.setdefault(heading, pictures[heading])        # of the first seed
     save_json(chain.folder / "results.json", {"distance": label, "samples": chain.config.eval_size, "networks": {
         heading.replace("\n", ", "): rows for heading, rows in results.items()}})
     print_table(results, label)

@@ -339,6 +339,50 @@ def test_long_prompts_are_cut_with_a_notice(pipe, capsys):
     assert prompts.tokens.shape == (2, 77)
 
 
+def test_the_teacher_learns_the_noise_and_sees_no_more_of_a_text_than_it_should():
+    """A model that knows the one latent c finds x0 = (x_s - a c) / b and loses nothing; a share of texts is empty."""
+    torch.manual_seed(0)
+    latent, tokens, empty = torch.randn(1, 4, 2, 2), torch.full((1, 5), 7), torch.full((1, 5), 9)
+    table, seen = chapter.Schedule(), []
+
+    def model(x, s, text):
+        seen.append(text[:, 0])
+        a, b = (values[s.long()].float().reshape(-1, 1, 1, 1) for values in (table.a, table.b))
+        return (x - a * latent) / b
+    config = dataclasses.replace(chapter.Config(), batch=2000, caption_dropout=0.25)
+    losses = chapter.teacher_loss(latent, tokens, empty, config)(model, None, 0)
+    close(losses, torch.zeros(2000), atol=1e-6)
+    assert set(seen[0].tolist()) == {7, 9} and (seen[0] == 9).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+class Doubling(nn.Module):
+    """A VAE whose picture is twice the latent, with a posterior of its own."""
+    scale, mean, logvar = 0.5, 1.5, -0.8
+
+    def encode(self, x):
+        return torch.full_like(x, self.mean), torch.full_like(x, self.logvar)
+
+    def decode(self, z):
+        return 2 * z
+
+
+def test_the_autoencoder_pays_for_its_posterior():
+    """KL(N(m, s^2) || N(0, 1)), summed over the latents, and a mean absolute error of 2 E|z - x / 2|."""
+    torch.manual_seed(0)
+    x, normal = torch.zeros(4, 3, 64, 64), torch.distributions.Normal
+    posterior = normal(Doubling.mean, torch.tensor(Doubling.logvar / 2).exp())
+    error, kl = chapter.Autoencoder(Doubling())(x).unbind(1)
+    close(kl, torch.full((4,), x[0].numel() * torch.distributions.kl_divergence(posterior, normal(0, 1)).item()), atol=0.1)
+    close(error, torch.full((4,), 2 * posterior.sample((100000,)).abs().mean().item()), atol=0.03)
+
+
+def test_pictures_are_decoded_from_unscaled_latents():
+    a, b = torch.rand(3, 1, 2, 2) / 5, torch.rand(3, 1, 2, 2) / 5
+    far = chapter.picture_distance(Doubling(), lambda x, y: (x - y).flatten(1).sum(1))
+    close(far(a, b), 4 * (a - b).flatten(1).sum(1), atol=1e-6)
+    close(chapter.decode_latents(Doubling(), a), 4 * a, atol=1e-6)
+
+
 def some_pairs(folder, count=20, shard=8):
     """Pairs by a map whose ends tell their index: x1 = index in every entry."""
     config = dataclasses.replace(chapter.Config(), shard=shard)
