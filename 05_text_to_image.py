@@ -1639,9 +1639,11 @@ def draw_quality(results, label, folder):
             values = [row[key] for row in rows]
             panel.barh(i, np.mean(values), 0.6, color=f"C{i}", alpha=0.5)
             panel.plot(values, [i] * len(values), "o", color=f"C{i}", markersize=5)
+            panel.annotate(f"{np.mean(values):.3f}", (max(values), i), (6, 0), textcoords="offset points", va="center")
         panel.set_yticks(range(len(results)), list(results) if panel is axes[0, 0] else [""] * len(results))
         panel.set(xlabel="\n".join(textwrap.wrap(name, 50)), xscale="log" if key == "FD" else "linear")
         panel.invert_yaxis()
+        panel.tick_params(axis="x", which="minor", labelbottom=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.set_size_inches(4.5 * len(kinds) + 1.5, 0.5 * len(results) + 1)
     save_figure(figure, folder / "quality.png")

@@ -668,10 +668,10 @@ def test_a_signal_in_the_middle_of_a_stage_loses_no_step(finished, here, run, mo
 
 
 def test_a_given_teacher_with_its_own_prompts(finished, run, tmp_path):
-    """--model: nothing tiny is trained; stacked and negated students; prompts nobody can read off a picture."""
+    """--model: nothing tiny is trained; stacked students from its own weights; prompts nobody can read off a picture."""
     (tmp_path / "prompts.txt").write_text("a red circle\nsomething else\n")
     code, out, err = run(*TINY, "--model", finished.folder / "teacher", "--prompts", "prompts.txt", "--unet", "stacked",
-                         "--init", "negated", "--micro-batch", 3, "--checkpointing", "--out", "mine")
+                         "--init", "teacher", "--micro-batch", 3, "--checkpointing", "--out", "mine")
     assert code == 0, err
     folder = tmp_path / "mine"
     results = json.loads((folder / "results.json").read_text())["networks"]
