@@ -2535,7 +2535,7 @@ def students(chain, seed):
 def negated(unet):
     """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
 
-    From the teacher's own sign, training first unlearns to look at x0 and stays there long: 2-RF draws mean pictures.
+    With the teacher's own sign, training first unlearns to look at x0, and the tiny network stays blind to it for long.
     """
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
