@@ -89,7 +89,7 @@ class Config:
     data_size: int = option(20000, "captioned shapes that the tiny teacher learns from", low=2)
     seeds: int = option(1, "students trained from the one teacher", low=1, high=100, free=True)
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
-    init: str = option("teacher", "2-RF's start: the teacher's weights, or those with conv_out negated",
+    init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
     direct: bool = option(True, "also distil the teacher directly, without reflow, at the same budget")
     vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
@@ -108,16 +108,16 @@ class Config:
     batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
     guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=1.0, high=30.0)
     solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
-    pairs: int = option(2048, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
+    pairs: int = option(1536, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
-    reflow_steps: tuple = option((1000,), "training steps of 2-RF, one number a phase", low=1)
-    reflow_batch: tuple = option((32,), "pairs in a step of each phase", low=1)
+    reflow_steps: tuple = option((600,), "training steps of 2-RF, one number a phase", low=1)
+    reflow_batch: tuple = option((16,), "pairs in a step of each phase", low=1)
     distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=1.0, high=30.0)
     distill_solver_steps: int = option(8, "its Euler steps", low=1, high=1000)
-    distill_steps: tuple = option((500, 200), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
-    distill_batch: tuple = option((32, 32), "pairs in a step of each", low=1)
+    distill_steps: tuple = option((300, 100), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
+    distill_batch: tuple = option((16, 16), "pairs in a step of each", low=1)
     student_lr: float = option(1e-3, "peak learning rate of the students", low=0.0)
     lpips_lr: float = option(3e-4, "peak learning rate of the LPIPS phase", low=0.0)
     lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
@@ -151,7 +151,7 @@ class Config:
             lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained",
             eval_size=5000, checkpoint_every=1000),
         "paper": dict(                                     # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
-            image_size=512, direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
+            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
             reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
             distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
             lr_decay="constant", warmup=1000, ema_decay=0.9999, micro_batch=8, lpips_net="vgg", lpips_size=512,
@@ -1135,11 +1135,7 @@ class CLIPTokenizer:
                 best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
                 if best not in self.ranks:
                     break
-                i = 0
-                while i < len(parts) - 1:
-                    if (parts[i], parts[i + 1]) == best:
-                        parts[i:i + 2] = ["".join(best)]
-                    i += 1
+                parts = merge_pair(parts, best)
             self.cache[word] = [self.vocab.get(part, self.end) for part in parts]
         return self.cache[word]
 
@@ -1643,9 +1639,11 @@ def draw_quality(results, label, folder):
             values = [row[key] for row in rows]
             panel.barh(i, np.mean(values), 0.6, color=f"C{i}", alpha=0.5)
             panel.plot(values, [i] * len(values), "o", color=f"C{i}", markersize=5)
+            panel.annotate(f"{np.mean(values):.3f}", (max(values), i), (6, 0), textcoords="offset points", va="center")
         panel.set_yticks(range(len(results)), list(results) if panel is axes[0, 0] else [""] * len(results))
         panel.set(xlabel="\n".join(textwrap.wrap(name, 50)), xscale="log" if key == "FD" else "linear")
         panel.invert_yaxis()
+        panel.tick_params(axis="x", which="minor", labelbottom=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.set_size_inches(4.5 * len(kinds) + 1.5, 0.5 * len(results) + 1)
     save_figure(figure, folder / "quality.png")
@@ -2531,7 +2529,10 @@ def students(chain, seed):
 
 
 def negated(unet):
-    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0."""
+    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
+
+    With the teacher's own sign, training first unlearns to look at x0, and the tiny network stays blind to it for long.
+    """
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
         p.data.neg_()
@@ -2549,17 +2550,17 @@ def distill_phases(chain, draw, steps):
 
 
 def maps(chain, found):
-    """What is compared: heading -> (network, map); the untrained baseline reads the teacher as a velocity."""
-    config, prompts = chain.config, chain.prompts
-    teacher = Frozen(chain.pipe.unet, config)
-    rows = {f"teacher\n{config.solver_steps} steps": (teacher, "dpm", config.solver_steps, config.guidance)}
-    for steps in (1, 4):
-        rows[f"teacher as velocity\n{steps} step{'s' * (steps > 1)}"] = teacher, "ddim", steps, config.guidance
-    for name, heading, steps in (("2-rf", "2-RF", 1), ("2-rf", "2-RF", 4), ("distilled", "2-RF distilled", 1),
-                                 ("direct", "teacher distilled", 1)):
+    """What is compared: heading -> (network, map), of the U-Nets in found: name -> U-Net.  "ddim" needs no training."""
+    config, rows = chain.config, {}
+    for name, heading, solver, steps in (
+            ("teacher", "teacher", "dpm", config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
+            ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
+            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1)):
         if name in found:
-            rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = Frozen(found[name], config), "euler", steps, 1.0
-    return {heading: (row[0], flow_map(row[0], prompts, *row[1:])) for heading, row in rows.items()}
+            network, guidance = Frozen(found[name], config), config.guidance if name == "teacher" else 1.0
+            rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = network, flow_map(
+                network, chain.prompts, solver, steps, guidance)
+    return rows
 
 
 def measure(chain, found, features, real):
@@ -2594,14 +2595,12 @@ def print_table(results, label):
 # Differs from 03_improved_training.py: text to image
 def report(chain, networks, features, label, real):
     """Measure everything from the same noises, print the table, draw the figures.  networks: name -> U-Net, by seed."""
-    results, shown = {}, None
-    for found in networks:
+    results, shown = {}, {}
+    for found in [{"teacher": chain.pipe.unet}, *networks]:     # the teacher has no seeds
         rows, pictures = measure(chain, found, features, real)
-        shown = shown or pictures
         for heading, row in rows.items():
             results.setdefault(heading, []).append(row)
-    results = {heading: rows if "RF" in heading or "distilled" in heading else rows[:1]
-               for heading, rows in results.items()}       # the teacher has no seeds
+            shown.setdefault(heading, pictures[heading])        # of the first seed
     save_json(chain.folder / "results.json", {"distance": label, "samples": chain.config.eval_size, "networks": {
         heading.replace("\n", ", "): rows for heading, rows in results.items()}})
     print_table(results, label)
@@ -2744,21 +2743,12 @@ def evaluate_main(config):
         if config.fid else None
     judge = CLIP.from_folder(config.clip) if config.clip else None
     pipe = open_model(config, device)
-    shape, prompts = latent_shape(pipe, config), Prompts(pipe, captions, config.negative, few=0)
     seconds, scores, seen = {"text": [], "U-Net": [], "decode": []}, [], []
-    network = Frozen(pipe.unet, config)
-    for index in tqdm(torch.arange(len(captions)).split(config.batch), "evaluating", disable=None):
-        x0 = pair_noise(seed_for(config.seed), index.to(device), shape)
-        text = timed(lambda: prompts(index), device, seconds["text"])
-        x1 = timed(lambda: carry(network, x0, text, prompts.null, config.solver, config.steps, config.guidance), device,
-                   seconds["U-Net"])
-        images = timed(lambda: decode_latents(pipe.vae, x1), device, seconds["decode"])
+    for index, images in illustrate(pipe, captions, config, device, seconds):
         if features:
             seen.append(features(resized(images)).cpu())
         if judge:
-            model, tokenizer = judge
-            words = model.embed_texts(tokenizer([captions[i] for i in index]), tokenizer.end)
-            scores += (model.embed_images(images.cpu()) * words).sum(1).tolist()
+            scores += clip_scores(*judge, images.cpu(), [captions[i] for i in index])
     half = len(seconds["text"]) > 1                        # the first batch also warms up
     result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]],
               "steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
@@ -2770,6 +2760,23 @@ def evaluate_main(config):
         result["CLIP score"] = float(np.mean(scores))
     save_json(config.out, result | surroundings())
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
+
+
+def illustrate(pipe, captions, config, device, seconds):
+    """A picture for each caption, in batches: yields numbers (B,), pictures (B, 3, H, W); appends times to seconds."""
+    shape, prompts = latent_shape(pipe, config), Prompts(pipe, captions, config.negative, few=0)
+    network, how = Frozen(pipe.unet, config), (config.solver, config.steps, config.guidance)
+    for index in tqdm(torch.arange(len(captions)).split(config.batch), "evaluating", disable=None):
+        x0 = pair_noise(seed_for(config.seed), index.to(device), shape)
+        text = timed(lambda: prompts(index), device, seconds["text"])
+        x1 = timed(lambda: carry(network, x0, text, prompts.null, *how), device, seconds["U-Net"])
+        yield index, timed(lambda: decode_latents(pipe.vae, x1), device, seconds["decode"])
+
+
+def clip_scores(model, tokenizer, images, captions):
+    """Cosines of pictures (B, 3, H, W) and their captions."""
+    words = model.embed_texts(tokenizer(captions), tokenizer.end)
+    return (model.embed_images(images) * words).sum(1).tolist()
 
 
 def resized(images, size=256):

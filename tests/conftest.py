@@ -107,7 +107,10 @@ def call(script, *args, patch):
     """Act like the command line with a loaded script, in this process.  Returns the exit code."""
     patch.setattr(sys, "argv", [script.__file__, *map(str, args)])
     try:
-        script.launch(script.main, script.Config)
+        if hasattr(script, "command_line"):                 # chapter 5's has commands besides the training
+            script.command_line()
+        else:
+            script.launch(script.main, script.Config)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -165,6 +168,20 @@ def log_line(path, stage, step, *rest):
     if (stage, step) == ({stage!r}, {step}):
         os.kill(os.getpid(), signal.SIGKILL)
 chapter.log_line = log_line
+"""
+
+
+def kill_in_shard(number):
+    """Change for `driver`: kill -9 while this shard of pairs, counted from 1, is half written."""
+    return f"""
+inner_replace, shards = os.replace, []
+def replace(part, path):
+    shards.extend([path] * str(path).endswith(".npy"))
+    if len(shards) == {number}:
+        os.truncate(part, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner_replace(part, path)
+os.replace = replace
 """
 
 

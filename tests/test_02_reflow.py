@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights,
-                      torchrun, weights)
+from conftest import (ROOT, copy_run, driver, fixtures, kill_after_row, kill_in_shard, load, log_rows, one_line,
+                      same_weights, torchrun, weights)
 from PIL import Image
 from scipy.stats import kstest
 
@@ -595,22 +595,11 @@ def test_other_settings_do_not_continue_a_run(finished, run, here):
 
 UNMEASURED = "chapter.report = lambda *arguments: None"
 
-KILL_IN_SHARD = """
-inner, calls = os.replace, []
-def replace(part, path):
-    calls.extend([path] * str(path).endswith(".npy"))
-    if len(calls) == {}:
-        os.truncate(part, 100)
-        os.kill(os.getpid(), signal.SIGKILL)
-    inner(part, path)
-os.replace = replace
-"""
-
 
 def test_killed_in_every_stage_and_rerun_gives_the_same_bits(finished, run, here):
     """kill -9 between log row and checkpoint of 1-RF, within the second shard, between row and checkpoint of 2-RF."""
     folder = here / "runs" / NAME / "quick"
-    moments = [(kill_after_row("1-rf", 4), "1-rf", 2, 0), (KILL_IN_SHARD.format(2), "1-rf", 6, 1),
+    moments = [(kill_after_row("1-rf", 4), "1-rf", 2, 0), (kill_in_shard(2), "1-rf", 6, 1),
                (kill_after_row("2-rf", 4), "2-rf", 2, 3)]
     for spy, stage, step, shards in moments:
         code = driver(NAME, UNMEASURED, spy)

@@ -78,7 +78,12 @@ def one_line(error):
     return message
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def of_each(cases):
+    """Marks a test(name, dtype): once for every case by name, in both precisions, without gradients."""
+    def mark(test):
+        dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+        return dtypes(pytest.mark.parametrize("name", cases)(torch.no_grad()(test)))
+    return mark
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,9 +109,7 @@ UNETS = {
 SIZES = [(8, 8), (16, 8), (9, 13), (7, 5), (1, 3)]
 
 
-@DTYPES
-@pytest.mark.parametrize("name", UNETS)
-@torch.no_grad()
+@of_each(UNETS)
 def test_unet_equals_diffusers(name, dtype):
     reference = reference_unet(**UNETS[name]).to(dtype)
     ours = twin(reference, chapter.UNet)
@@ -260,9 +263,7 @@ VAES = {
 }
 
 
-@DTYPES
-@pytest.mark.parametrize("name", VAES)
-@torch.no_grad()
+@of_each(VAES)
 def test_vae_equals_diffusers(name, dtype):
     reference = reference_vae(**VAES[name]).to(dtype)
     ours = twin(reference, chapter.VAE)
@@ -311,9 +312,7 @@ def reference_text_encoder(name="gelu", **config):
     return fill(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)))
 
 
-@DTYPES
-@pytest.mark.parametrize("name", TEXT_ENCODERS)
-@torch.no_grad()
+@of_each(TEXT_ENCODERS)
 def test_text_encoder_equals_transformers(name, dtype):
     reference = reference_text_encoder(name).to(dtype)
     ours = twin(reference, chapter.CLIPTextEncoder)

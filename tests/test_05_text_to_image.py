@@ -12,14 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import (copy_run, driver, fixtures, kill_after_row, kill_in_shard, load, one_line, same_weights,
+                      torchrun)
 from PIL import Image
 from torch import nn
 
@@ -30,6 +30,8 @@ TINY = ("--data-size 64 --vae-steps 4 --steps 4 --reflow-steps 4 --distill-steps
         "--text-width 8 --batch 4 --reflow-batch 4 --distill-batch 4 4 --image-size 16 --log-every 2 "
         "--checkpoint-every 2 --device cpu").split()
 NETWORKS = {"teacher", "2-rf-0", "distilled-0", "direct-0"}
+STAGES = ["vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2"]
+here, run, finished = fixtures(NAME, TINY, figures=("draw_grid", "draw_quality"))
 CPU = torch.device("cpu")
 close = partial(torch.testing.assert_close, rtol=0)
 
@@ -337,6 +339,50 @@ def test_long_prompts_are_cut_with_a_notice(pipe, capsys):
     assert prompts.tokens.shape == (2, 77)
 
 
+def test_the_teacher_learns_the_noise_and_sees_no_more_of_a_text_than_it_should():
+    """A model that knows the one latent c finds x0 = (x_s - a c) / b and loses nothing; a share of texts is empty."""
+    torch.manual_seed(0)
+    latent, tokens, empty = torch.randn(1, 4, 2, 2), torch.full((1, 5), 7), torch.full((1, 5), 9)
+    table, seen = chapter.Schedule(), []
+
+    def model(x, s, text):
+        seen.append(text[:, 0])
+        a, b = (values[s.long()].float().reshape(-1, 1, 1, 1) for values in (table.a, table.b))
+        return (x - a * latent) / b
+    config = dataclasses.replace(chapter.Config(), batch=2000, caption_dropout=0.25)
+    losses = chapter.teacher_loss(latent, tokens, empty, config)(model, None, 0)
+    close(losses, torch.zeros(2000), atol=1e-6)
+    assert set(seen[0].tolist()) == {7, 9} and (seen[0] == 9).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+class Doubling(nn.Module):
+    """A VAE whose picture is twice the latent, with a posterior of its own."""
+    scale, mean, logvar = 0.5, 1.5, -0.8
+
+    def encode(self, x):
+        return torch.full_like(x, self.mean), torch.full_like(x, self.logvar)
+
+    def decode(self, z):
+        return 2 * z
+
+
+def test_the_autoencoder_pays_for_its_posterior():
+    """KL(N(m, s^2) || N(0, 1)), summed over the latents, and a mean absolute error of 2 E|z - x / 2|."""
+    torch.manual_seed(0)
+    x, normal = torch.zeros(4, 3, 64, 64), torch.distributions.Normal
+    posterior = normal(Doubling.mean, torch.tensor(Doubling.logvar / 2).exp())
+    error, kl = chapter.Autoencoder(Doubling())(x).unbind(1)
+    close(kl, torch.full((4,), x[0].numel() * torch.distributions.kl_divergence(posterior, normal(0, 1)).item()), atol=0.1)
+    close(error, torch.full((4,), 2 * posterior.sample((100000,)).abs().mean().item()), atol=0.03)
+
+
+def test_pictures_are_decoded_from_unscaled_latents():
+    a, b = torch.rand(3, 1, 2, 2) / 5, torch.rand(3, 1, 2, 2) / 5
+    far = chapter.picture_distance(Doubling(), lambda x, y: (x - y).flatten(1).sum(1))
+    close(far(a, b), 4 * (a - b).flatten(1).sum(1), atol=1e-6)
+    close(chapter.decode_latents(Doubling(), a), 4 * a, atol=1e-6)
+
+
 def some_pairs(folder, count=20, shard=8):
     """Pairs by a map whose ends tell their index: x1 = index in every entry."""
     config = dataclasses.replace(chapter.Config(), shard=shard)
@@ -507,48 +553,7 @@ def test_captions_that_are_not_cocos_are_one_line(tmp_path, content):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(args...) acts like the command line, in this process.  Returns exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [f"{NAME}.py", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            chapter.command_line()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
-
-def start(*args, cwd):
-    """The script as a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / f"{NAME}.py"), *map(str, args)], cwd=cwd, text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole tiny run of the real script: its folder, and what it printed.  Copy it before changing it."""
-    cwd = tmp_path_factory.mktemp("finished")
-    process = start(*TINY, cwd=cwd)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return cwd / "runs" / NAME / "quick", out
-
-
-def one_line(err, *words):
-    """The whole of standard error is one line of ours, which holds the words."""
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert word in lines[0], err
-
-
-def weights(folder):
+def unet(folder):
     """The U-Net of an exported network, as one vector."""
     return torch.cat([p.flatten() for p in chapter.load_pipeline(folder).unet.state_dict().values()])
 
@@ -564,7 +569,7 @@ def test_a_run_leaves_its_networks_numbers_and_figures(finished):
     for rows in results.values():
         assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["FD"] > 0 and f"{rows[0]['FD']:.3f}" in out
     stages = {row["stage"] for row in csv.DictReader((folder / "metrics.csv").open())}
-    assert stages == {"vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2"}
+    assert stages == {*STAGES}
     for name in ("grid.png", "quality.png"):
         with Image.open(folder / name) as image:
             image.load()
@@ -573,23 +578,23 @@ def test_a_run_leaves_its_networks_numbers_and_figures(finished):
 
 def test_pairs_are_counted_and_named(finished):
     pairs = {folder.name: sum(len(np.load(path)) for path in folder.iterdir())
-             for folder in (finished[0] / "pairs").iterdir()}
+             for folder in (finished.folder / "pairs").iterdir()}
     assert pairs == {"teacher": 24, "2-rf-0": 12}          # direct distillation gets as many pairs as both stages
 
 
 def test_students_differ_from_the_teacher_and_say_what_they_predict(finished):
-    teacher, *others = (weights(finished[0] / name) for name in ("teacher", "2-rf-0", "distilled-0", "direct-0"))
+    teacher, *others = (unet(finished.folder / name) for name in ("teacher", "2-rf-0", "distilled-0", "direct-0"))
     for i, network in enumerate(others):
         assert network.isfinite().all() and all((network - other).abs().max() > 1e-6 for other in [teacher, *others[:i]])
-    said = {name: chapter.load_pipeline(finished[0] / name).scheduler["prediction_type"] for name in NETWORKS}
+    said = {name: chapter.load_pipeline(finished.folder / name).scheduler["prediction_type"] for name in NETWORKS}
     assert said == {name: "epsilon" if name == "teacher" else "velocity" for name in NETWORKS}
 
 
 def test_diffusers_opens_the_exported_teacher(finished):
     """The folder is in the layout of diffusers: its pipeline loads it and its U-Net computes the same."""
     from diffusers import StableDiffusionPipeline
-    theirs = StableDiffusionPipeline.from_pretrained(finished[0] / "teacher", safety_checker=None)
-    ours = chapter.load_pipeline(finished[0] / "teacher")
+    theirs = StableDiffusionPipeline.from_pretrained(finished.folder / "teacher", safety_checker=None)
+    ours = chapter.load_pipeline(finished.folder / "teacher")
     x, s, tokens = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), ours.tokenizer(["a red cross", ""])
     assert theirs.tokenizer(["a red cross", ""], padding="max_length").input_ids == tokens.tolist()
     text = ours.text_encoder(tokens)
@@ -599,8 +604,8 @@ def test_diffusers_opens_the_exported_teacher(finished):
     assert theirs.vae.config.scaling_factor == ours.vae.scale
 
 
-def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
+def test_a_finished_run_is_measured_again_but_not_trained_again(finished, here, run, monkeypatch):
+    folder = copy_run(finished, here)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"}
     monkeypatch.setattr(chapter, "train", None)
     code, _, err = run(*TINY)
@@ -608,51 +613,46 @@ def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, t
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_more_seeds_share_the_teacher(finished, run, tmp_path):
-    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
+def test_more_seeds_share_the_teacher(finished, here, run):
+    folder = copy_run(finished, here)
     code, out, err = run(*TINY, "--seeds", 2)
     assert code == 0, err
     results = json.loads((folder / "results.json").read_text())["networks"]
     assert [len(rows) for rows in results.values()] == [1, 1, 1, 2, 2, 2, 2]
-    assert not torch.equal(weights(folder / "2-rf-0"), weights(folder / "2-rf-1"))
-    assert torch.equal(weights(folder / "2-rf-0"), weights(finished[0] / "2-rf-0"))
+    assert not torch.equal(unet(folder / "2-rf-0"), unet(folder / "2-rf-1"))
+    assert torch.equal(unet(folder / "2-rf-0"), unet(finished.folder / "2-rf-0"))
 
 
-@pytest.mark.parametrize("victim", ["teacher.pt", "pairs/teacher/00001.npy"])
-def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, victim):
-    """kill -9 as soon as the file before the victim is there; what is finished later is equal bit for bit."""
-    folder = tmp_path / "runs" / NAME / "quick"
-    process = start(*TINY, cwd=tmp_path)
-    while not (folder / victim).exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again = start(*TINY, cwd=tmp_path)
-    _, err = again.communicate(timeout=600)
-    assert again.returncode == 0, err
-    for name in NETWORKS:
-        assert torch.equal(weights(folder / name), weights(finished[0] / name)), name
-    numbers = [json.loads((f / "results.json").read_text()) for f in (folder, finished[0])]
-    assert numbers[0] == numbers[1]
+def test_a_killed_run_goes_on_to_the_same_weights(finished, here, run):
+    """kill -9 three times, each in the middle of a stage; in the end all is equal bit for bit."""
+    folder = here / "runs" / NAME / "quick"
+    for spy, kept in [(kill_after_row("teacher", 4), ["vae"]), (kill_in_shard(2), ["vae", "teacher"]),
+                      (kill_after_row("distilled-0.1", 2), ["vae", "teacher", "2-rf-0.1"])]:
+        code = driver(NAME, spy)
+        result = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert {path.stem for path in folder.glob("*.pt")} == {*kept, "checkpoint"}
+    code, _, err = run(*TINY)
+    assert code == 0 and same_weights(folder, finished.folder, *STAGES), err
+    assert all(torch.equal(unet(folder / name), unet(finished.folder / name)) for name in NETWORKS)
+    assert (folder / "results.json").read_text() == (finished.folder / "results.json").read_text()
+    assert not list(folder.rglob("*part*"))
 
 
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_share_the_work(here):
     """torchrun: both make pairs, one writes; the run ends with every network and no leftovers."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / f"{NAME}.py"]
-    done = subprocess.run([*map(str, command), *TINY, "--micro-batch", "1"], cwd=tmp_path, timeout=600, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / NAME / "quick"
+    result = torchrun(chapter.__file__, *TINY, "--micro-batch", 1, cwd=here)
+    assert result.returncode == 0, result.stderr
+    folder = here / "runs" / NAME / "quick"
     assert NETWORKS | {"results.json", "grid.png"} <= {path.name for path in folder.iterdir()}
-    assert len(list((folder / "pairs" / "teacher").iterdir())) == 3 and not list(tmp_path.rglob(".part*"))
-    assert all(weights(folder / name).isfinite().all() for name in NETWORKS)
+    assert len(list((folder / "pairs" / "teacher").iterdir())) == 3 and not list(here.rglob(".part*"))
+    assert all(unet(folder / name).isfinite().all() for name in NETWORKS)
 
 
-def test_a_kill_in_the_middle_of_a_stage_loses_only_steps(finished, tmp_path, run, monkeypatch):
+def test_a_signal_in_the_middle_of_a_stage_loses_no_step(finished, here, run, monkeypatch):
     """Stopped after step 2 of 4 of reflow, by a signal that arrives while a step runs."""
-    folder = Path(shutil.copytree(finished[0], tmp_path / "runs" / NAME / "quick"))
-    for path in ("2-rf-0", "2-rf-0.1.pt", "pairs/2-rf-0", "distilled-0", "distilled-0.1.pt", "distilled-0.2.pt"):
-        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+    later = ["2-rf-0", "2-rf-0.1.pt", "pairs/2-rf-0", "distilled-0", "distilled-0.1.pt", "distilled-0.2.pt"]
+    folder = copy_run(finished, here, *later)
     loss, steps = chapter.reflow_loss, []
 
     def interrupted(*arguments):
@@ -664,16 +664,14 @@ def test_a_kill_in_the_middle_of_a_stage_loses_only_steps(finished, tmp_path, ru
     code, _, err = run(*TINY)
     assert code == 130 and "continues from here" in err and len(steps) == 2
     code, _, err = run(*TINY)
-    assert code == 0 and len(steps) == 4, err
-    for name in NETWORKS:
-        assert torch.equal(weights(folder / name), weights(finished[0] / name)), name
+    assert code == 0 and len(steps) == 4 and same_weights(folder, finished.folder, *STAGES), err
 
 
 def test_a_given_teacher_with_its_own_prompts(finished, run, tmp_path):
-    """--model: nothing tiny is trained; stacked and negated students; prompts nobody can read off a picture."""
+    """--model: nothing tiny is trained; stacked students from its own weights; prompts nobody can read off a picture."""
     (tmp_path / "prompts.txt").write_text("a red circle\nsomething else\n")
-    code, out, err = run(*TINY, "--model", finished[0] / "teacher", "--prompts", "prompts.txt", "--unet", "stacked",
-                         "--init", "negated", "--micro-batch", 3, "--checkpointing", "--out", "mine")
+    code, out, err = run(*TINY, "--model", finished.folder / "teacher", "--prompts", "prompts.txt", "--unet", "stacked",
+                         "--init", "teacher", "--micro-batch", 3, "--checkpointing", "--out", "mine")
     assert code == 0, err
     folder = tmp_path / "mine"
     results = json.loads((folder / "results.json").read_text())["networks"]
@@ -687,7 +685,7 @@ def test_a_given_teacher_with_its_own_prompts(finished, run, tmp_path):
 
 def test_the_negated_start_is_nearer_to_the_velocity(finished):
     """The teacher's output is about +x0 where the target is x1 - x0: turning conv_out round is the better start."""
-    pipe = chapter.load_pipeline(finished[0] / "teacher")
+    pipe = chapter.load_pipeline(finished.folder / "teacher")
     x, s, text = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 77, 8)
     turned = chapter.negated(pipe.unet)
     close(turned(x, s, text), -pipe.unet(x, s, text), atol=1e-6)
@@ -722,7 +720,7 @@ def sampled(run, *args, out="sheet.png"):
 
 def test_what_is_trained_is_what_is_sampled(finished, run):
     """One step of the distilled network from the noise of the seed, decoded, on the sheet; deterministic."""
-    folder = finished[0] / "distilled-0"
+    folder = finished.folder / "distilled-0"
     sheet = sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--count", 4)
     assert sheet.shape == (2 * 18, 2 * 18, 3)              # pictures of 16 x 16 with a line around each
     pipe = chapter.load_pipeline(folder)
@@ -737,18 +735,18 @@ def test_what_is_trained_is_what_is_sampled(finished, run):
 
 
 def test_sample_options_change_the_picture(finished, run):
-    base = ("--model", finished[0] / "2-rf-0", "--prompt", "a red circle", "--count", 1)
+    base = ("--model", finished.folder / "2-rf-0", "--prompt", "a red circle", "--count", 1)
     plain = sampled(run, *base, "--steps", 2)
     for more in (("--steps", 3), ("--steps", 2, "--guidance", 3.0), ("--steps", 2, "--guidance", 3.0, "--negative",
                                                                     "white")):
         assert (sampled(run, *base, *more) != plain).any()
     assert sampled(run, *base, "--size", 16, 24).shape == (18, 26, 3)
     assert sampled(run, *base[:2], "--prompt", "a red", "blue cross", "a", "--count", 2).shape == (54, 36, 3)
-    assert sampled(run, "--preset", "teacher", "--model", finished[0] / "teacher", "--prompt", "x").shape == (36, 36, 3)
+    assert sampled(run, "--preset", "teacher", "--model", finished.folder / "teacher", "--prompt", "x").shape == (36, 36, 3)
 
 
 def test_the_walk_is_a_film(finished, run):
-    sampled(run, "--model", finished[0] / "2-rf-0", "--prompt", "a", "--count", 3, "--interpolate", "walk.gif", "--frames",
+    sampled(run, "--model", finished.folder / "2-rf-0", "--prompt", "a", "--count", 3, "--interpolate", "walk.gif", "--frames",
             4)
     with Image.open("walk.gif") as film:
         assert film.n_frames == 12 and film.size == (16, 16) and film.info["loop"] == 0
@@ -765,20 +763,20 @@ def lora(path, pipe, up=0.0, name="lora_unet_mid_block_attentions_0_proj_in"):
 
 def test_merging_nothing_changes_nothing(finished, run):
     """A LoRA whose up is 0, a scale of 0, and the difference between a network and itself."""
-    pipe, base = chapter.load_pipeline(finished[0] / "2-rf-0"), ("--model", finished[0] / "2-rf-0", "--prompt", "a red")
+    pipe, base = chapter.load_pipeline(finished.folder / "2-rf-0"), ("--model", finished.folder / "2-rf-0", "--prompt", "a red")
     plain = sampled(run, *base)
     lora("zero.safetensors", pipe), lora("one.safetensors", pipe, 1.0)
     for more in (("--lora", "zero.safetensors"), ("--lora", "one.safetensors:0"),
                  ("--lora", "one.safetensors:0.7", "one.safetensors:-0.7"),
-                 ("--delta", finished[0] / "teacher", finished[0] / "teacher")):
+                 ("--delta", finished.folder / "teacher", finished.folder / "teacher")):
         assert abs(sampled(run, *base, *more) - plain).max() <= 1
     assert (sampled(run, *base, "--lora", "one.safetensors") != plain).any()
 
 
 def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
-    other = sampled(run, "--model", finished[0] / "2-rf-0", "--prompt", "a red")
-    moved = sampled(run, "--model", finished[0] / "teacher", "--prompt", "a red", "--delta", finished[0] / "teacher",
-                    finished[0] / "2-rf-0")
+    other = sampled(run, "--model", finished.folder / "2-rf-0", "--prompt", "a red")
+    moved = sampled(run, "--model", finished.folder / "teacher", "--prompt", "a red", "--delta", finished.folder / "teacher",
+                    finished.folder / "2-rf-0")
     assert abs(other - moved).max() <= 1
 
 
@@ -797,8 +795,8 @@ def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
     (("--model", "FOLDER", "--prompt", "a", "--preset", "paper"), ("--preset",)),
 ])
 def test_a_wrong_wish_is_one_line(finished, run, tmp_path, args, words):
-    lora("wrong.safetensors", chapter.load_pipeline(finished[0] / "2-rf-0"), name="lora_unet_no_such_layer")
-    folder = str(finished[0] / "2-rf-0")
+    lora("wrong.safetensors", chapter.load_pipeline(finished.folder / "2-rf-0"), name="lora_unet_no_such_layer")
+    folder = str(finished.folder / "2-rf-0")
     code, out, err = run("sample", *(folder if word == "FOLDER" else word for word in args))
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
     one_line(err, *words)
@@ -847,7 +845,7 @@ def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     monkeypatch.setattr(chapter, "inception_features", lambda *arguments: chapter.RandomFeatures())
-    code, out, err = run("evaluate", "--model", finished[0] / "distilled-0", "--captions", "captions.json", "--count", 5,
+    code, out, err = run("evaluate", "--model", finished.folder / "distilled-0", "--captions", "captions.json", "--count", 5,
                          "--clip", judge[0], "--fid", "--real", "real", "--device", "cpu", "--batch", 2)
     assert code == 0, err
     result = json.loads((tmp_path / "evaluation.json").read_text())
