@@ -91,7 +91,7 @@ class Config:
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
     init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
-    direct: bool = option(True, "also distil the teacher directly, without reflow, at the same budget")
+    direct: bool = option(True, "also distil the teacher directly: as long as 2-RF, then as long as reflow took as well")
     vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
     vae_channels: tuple = option((16, 32), "its widths; each but the first halves the picture", low=4)
     vae_lr: float = option(3e-3, "its peak learning rate", low=0.0)
@@ -108,15 +108,15 @@ class Config:
     batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
     guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=1.0, high=30.0)
     solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
-    pairs: int = option(1536, "pairs (x0, x1) that it makes for reflow; direct distillation gets twice as many", low=1)
+    pairs: int = option(1536, "pairs (x0, x1) that it makes for reflow; twice as many with --direct", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
     a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
-    reflow_steps: tuple = option((600,), "training steps of 2-RF, one number a phase", low=1)
+    reflow_steps: tuple = option((1200,), "training steps of 2-RF, one number a phase", low=1)
     reflow_batch: tuple = option((16,), "pairs in a step of each phase", low=1)
     distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=1.0, high=30.0)
     distill_solver_steps: int = option(8, "its Euler steps", low=1, high=1000)
-    distill_steps: tuple = option((300, 100), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
+    distill_steps: tuple = option((100, 50), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
     distill_batch: tuple = option((16, 16), "pairs in a step of each", low=1)
     student_lr: float = option(1e-3, "peak learning rate of the students", low=0.0)
     lpips_lr: float = option(3e-4, "peak learning rate of the LPIPS phase", low=0.0)
@@ -2506,7 +2506,7 @@ def stored(chain, name, go, count, seed):
 
 
 def students(chain, seed):
-    """2-RF, its distillation, and the teacher's direct distillation: name -> U-Net."""
+    """2-RF, its distillation, and the teacher's direct distillation, short and longer: name -> U-Net."""
     config, teacher, prompts = chain.config, chain.pipe.unet, chain.prompts
     go = flow_map(Frozen(teacher, config), prompts, "dpm", config.solver_steps, config.guidance)
     pairs = stored(chain, "teacher", go, config.pairs * (1 + config.direct), seed_for(config.seed, 3))
@@ -2521,10 +2521,10 @@ def students(chain, seed):
     stacked = StackedUNet if config.unet == "stacked" else lambda a: a
     found["distilled"] = train_student(chain, "distilled", seed, stacked(copy.deepcopy(flow)),
                                        distill_phases(chain, own, config.distill_steps[0]))
-    if config.direct:                                      # the same number of steps, and of the teacher's pairs
-        steps = sum(config.reflow_steps) + config.distill_steps[0]
-        found["direct"] = train_student(chain, "direct", seed, stacked(copy.deepcopy(start)),
-                                        distill_phases(chain, pairs(2 * config.pairs), steps))
+    for name, more in (("direct", 0), ("longer", 1)) if config.direct else ():
+        steps = config.distill_steps[0] + more * sum(config.reflow_steps)      # without and with reflow's own budget
+        found[name] = train_student(chain, name, seed, stacked(copy.deepcopy(start)),
+                                    distill_phases(chain, pairs((1 + more) * config.pairs), steps))
     return found
 
 
@@ -2555,7 +2555,8 @@ def maps(chain, found):
     for name, heading, solver, steps in (
             ("teacher", "teacher", "dpm", config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
             ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
-            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1)):
+            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1),
+            ("longer", "teacher distilled longer", "euler", 1)):
         if name in found:
             network, guidance = Frozen(found[name], config), config.guidance if name == "teacher" else 1.0
             rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = network, flow_map(
@@ -2604,7 +2605,7 @@ def report(chain, networks, features, label, real):
     save_json(chain.folder / "results.json", {"distance": label, "samples": chain.config.eval_size, "networks": {
         heading.replace("\n", ", "): rows for heading, rows in results.items()}})
     print_table(results, label)
-    draw_grid({heading: images for heading, images in shown.items() if "velocity" not in heading},
+    draw_grid({heading: images for heading, images in shown.items() if not re.search("velocity|longer", heading)},
               chain.prompts.texts, chain.folder)
     draw_quality(results, label, chain.folder)
 

@@ -4,6 +4,7 @@ Those two packages are references only (tests/requirements.txt); the rest compar
 server on this machine, and with the definitions of LoRA and of weight differences.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -1008,10 +1009,10 @@ def test_lora_is_a_branch_beside_each_layer(tmp_path):
     tensors = lora(models)
     assert chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"), 0.7) == len(LAYERS)
     for i, name in enumerate(LAYERS):
-        merged, layer = layer_of(models, name), layer_of(before, name)
+        merged, layer = (copy.deepcopy(layer_of(m, name)).double() for m in (models, before))
         shape = (2, layer.weight.shape[1]) + (5, 7) * (layer.weight.dim() == 4)
-        x = noise(*shape)
-        up, down = (tensors[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+        x = noise(*shape).double()                         # in float32 some CPUs' convolutions are off by 1e-4
+        up, down = (tensors[f"{name}.lora_{side}.weight"].double() for side in ("up", "down"))
         torch.testing.assert_close(merged(x), layer(x) + 0.7 * (1 + i) / RANK * branch(layer, up, down, x),
                                    rtol=1e-5, atol=1e-5)
     changed = {f"{kind}.{name}" for kind in models for name, t in models[kind].state_dict().items()

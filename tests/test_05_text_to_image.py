@@ -29,8 +29,9 @@ TINY = ("--data-size 64 --vae-steps 4 --steps 4 --reflow-steps 4 --distill-steps
         "--eval-size 16 --solver-steps 3 --distill-solver-steps 2 --vae-channels 4 4 --channels 4 8 --heads 2 "
         "--text-width 8 --batch 4 --reflow-batch 4 --distill-batch 4 4 --image-size 16 --log-every 2 "
         "--checkpoint-every 2 --device cpu").split()
-NETWORKS = {"teacher", "2-rf-0", "distilled-0", "direct-0"}
-STAGES = ["vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2"]
+NETWORKS = {"teacher", "2-rf-0", "distilled-0", "direct-0", "longer-0"}
+STAGES = ["vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2",
+          "longer-0.1", "longer-0.2"]
 here, run, finished = fixtures(NAME, TINY, figures=("draw_grid", "draw_quality"))
 CPU = torch.device("cpu")
 close = partial(torch.testing.assert_close, rtol=0)
@@ -564,12 +565,14 @@ def test_a_run_leaves_its_networks_numbers_and_figures(finished):
         path.name for path in folder.iterdir()}
     results = json.loads((folder / "results.json").read_text())["networks"]
     assert list(results) == ["teacher, 3 steps", "teacher as velocity, 1 step", "teacher as velocity, 4 steps",
-                             "2-RF, 1 step", "2-RF, 4 steps", "2-RF distilled, 1 step", "teacher distilled, 1 step"]
-    assert [rows[0]["NFE"] for rows in results.values()] == [6, 2, 8, 1, 4, 1, 1]
+                             "2-RF, 1 step", "2-RF, 4 steps", "2-RF distilled, 1 step", "teacher distilled, 1 step",
+                             "teacher distilled longer, 1 step"]
+    assert [rows[0]["NFE"] for rows in results.values()] == [6, 2, 8, 1, 4, 1, 1, 1]
     for rows in results.values():
         assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["FD"] > 0 and f"{rows[0]['FD']:.3f}" in out
-    stages = {row["stage"] for row in csv.DictReader((folder / "metrics.csv").open())}
-    assert stages == {*STAGES}
+    steps = {row["stage"]: int(row["step"]) for row in csv.DictReader((folder / "metrics.csv").open())}
+    assert [*steps] == STAGES                              # direct: distillation's budget; longer: and reflow's
+    assert [steps[name] for name in STAGES[2:]] == [4, 4, 2, 4, 2, 8, 2]
     for name in ("grid.png", "quality.png"):
         with Image.open(folder / name) as image:
             image.load()
@@ -579,11 +582,12 @@ def test_a_run_leaves_its_networks_numbers_and_figures(finished):
 def test_pairs_are_counted_and_named(finished):
     pairs = {folder.name: sum(len(np.load(path)) for path in folder.iterdir())
              for folder in (finished.folder / "pairs").iterdir()}
-    assert pairs == {"teacher": 24, "2-rf-0": 12}          # direct distillation gets as many pairs as both stages
+    assert pairs == {"teacher": 24, "2-rf-0": 12}          # the longer direct distillation gets as many as both stages
 
 
 def test_students_differ_from_the_teacher_and_say_what_they_predict(finished):
-    teacher, *others = (unet(finished.folder / name) for name in ("teacher", "2-rf-0", "distilled-0", "direct-0"))
+    teacher, *others = (unet(finished.folder / name) for name in
+                        ("teacher", "2-rf-0", "distilled-0", "direct-0", "longer-0"))
     for i, network in enumerate(others):
         assert network.isfinite().all() and all((network - other).abs().max() > 1e-6 for other in [teacher, *others[:i]])
     said = {name: chapter.load_pipeline(finished.folder / name).scheduler["prediction_type"] for name in NETWORKS}
@@ -618,7 +622,7 @@ def test_more_seeds_share_the_teacher(finished, here, run):
     code, out, err = run(*TINY, "--seeds", 2)
     assert code == 0, err
     results = json.loads((folder / "results.json").read_text())["networks"]
-    assert [len(rows) for rows in results.values()] == [1, 1, 1, 2, 2, 2, 2]
+    assert [len(rows) for rows in results.values()] == [1, 1, 1, 2, 2, 2, 2, 2]
     assert not torch.equal(unet(folder / "2-rf-0"), unet(folder / "2-rf-1"))
     assert torch.equal(unet(folder / "2-rf-0"), unet(finished.folder / "2-rf-0"))
 
