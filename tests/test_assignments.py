@@ -18,6 +18,7 @@ from wrong_answers import WRONG_ANSWERS
 FOLDER = ROOT / "notebooks" / "assignments"
 HOMEWORKS = ["hw1", "hw2", "hw3", "hw4", "hw5"]
 sys.path.append(str(FOLDER))
+import checks
 from grader import GradingError, Homework, grade_all, homework_of, read_notebook
 from release import ReleaseError, main as release_main, release
 
@@ -119,6 +120,27 @@ def test_there_are_enough_of_them():
     every = {f"{name}-{exercise}" for name, exercise, *_ in WRONG_ANSWERS}
     homeworks = [Homework(FOLDER / f"{name}.ipynb") for name in HOMEWORKS]
     assert every == {e.removesuffix("-check") for homework in homeworks for e in homework.exercises}
+
+
+@pytest.mark.parametrize("name", HOMEWORKS)
+def test_a_visible_check_tells_its_mistakes_apart(name, monkeypatch):
+    """Two mistakes with one value: whoever makes the second is told the first.  Hidden tests run after the visible."""
+    def differ(attempt, want, equation, mistakes=None, tolerance=1e-4):
+        values = {"the right value": want} | {k: v for k, v in (mistakes or {}).items() if not callable(v)}
+        values = [(text, checks.parts(value, equation)) for text, value in values.items()]
+        alike.extend((equation, a, b) for i, (a, one) in enumerate(values) for b, other in values[:i]
+                     if checks.agree(one, other, tolerance))
+        expect(attempt, want, equation, mistakes, tolerance)
+
+    alike, expect, names = [], checks.expect, {"__name__": "notebook"}
+    monkeypatch.setattr(checks, "expect", differ)
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for cell, student in zip(source(name)["cells"], release(source(name))["cells"]):
+        code = "".join((student if mark(cell).get("grade") else cell)["source"])
+        if cell["cell_type"] == "code" and mark(cell) and ("expect(" in code or not mark(cell).get("grade")):
+            exec(compile(code, f"<{name}>", "exec"), names)
+    assert alike == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

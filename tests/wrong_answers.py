@@ -37,6 +37,14 @@ def flow_matching_loss(velocity, x0, x1, t):
 def flow_matching_loss(velocity, x0, x1, t):
     return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().flatten(1).sum(1)
 """, "the sum over the coordinates"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(x0, t) - (x1 - x0)).square().flatten(1).mean(1)
+""", "fed x0 in place of x_t"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().mean(0)
+""", "the mean over the batch, dimension 0"),
     ("hw1", "euler", """
 def euler(velocity, x0, steps):
     for i in range(steps):
@@ -49,6 +57,18 @@ def euler(velocity, x0, steps):
         x0 = x0 + velocity(x0, x0.new_full((len(x0),), i / steps)) / steps
     return x0
 """, "the velocity is taken at the end of each step"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    for i in range(steps):
+        x0 = x0 + velocity(x0, i / steps) / steps
+    return x0
+""", "a network wants t as a tensor (B,)"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    for t in torch.linspace(0, 1, steps):
+        x0 = x0 + velocity(x0, t.expand(len(x0))) / steps
+    return x0
+""", "a grid that ends at 1"),
     ("hw1", "gaussian", """
 def gaussian_velocity(x, t, mean, std):
     t = t[:, None]
@@ -76,6 +96,10 @@ def heun_step(velocity, z, t, h):
 def heun_step(velocity, z, t, h):
     return z + h * velocity(z, t)
 """, "Euler's step"),
+    ("hw2", "heun", """
+def heun_step(velocity, z, t, h):
+    return z + h / 2 * (velocity(z, t) + velocity(z, t + h))
+""", "at z, not at the trial point"),
     ("hw2", "ema", """
 def ema_update(average, weights, decay):
     for a, w in zip(average, weights):
@@ -142,6 +166,11 @@ def pseudo_huber(v, target):
     c = 0.00054 * v[0].numel()
     return ((v - target).flatten(1).square().sum(1) + c ** 2).sqrt() - c
 """, "the division by d is missing"),
+    ("hw3", "huber", """
+def pseudo_huber(v, target):
+    c = 0.00054 * v[0].numel() ** 0.5
+    return ((v - target).flatten(1).square().sum(1) + c ** 2).sqrt() - c
+""", "the loss of consistency models"),
     ("hw3", "lpips", """
 def perceptual_loss(v, x0, x1, t, lpips):
     return t * ch3.pseudo_huber(v, x1 - x0) + lpips(x1, ch3.interpolate(x0, x1, t))
@@ -165,6 +194,15 @@ def denoiser_velocity(denoiser, xt, t):
 def few_steps(velocity, x0, steps):
     return ch3.integrate(velocity, x0, steps)[-1]
 """, "Euler's rule"),
+    ("hw3", "few", """
+def few_steps(velocity, x0, steps):
+    x = x0
+    for i in range(steps):
+        t, after = i / steps, (i + 1) / steps
+        x1_hat = x + (1 - t) * velocity(x, x0.new_full((len(x0),), t))
+        x = (1 - after) * x + after * x1_hat
+    return x
+""", "the present x in place of the first noise"),
     ("hw4", "coefficients", """
 def coefficients(sigma):
     return sigma / (1 + sigma), 1 / (1 + sigma)
@@ -178,6 +216,14 @@ def distillation_loss(network, z0, z1):
     t = torch.rand(len(z0))
     return (z0 + network(z0, t) - z1).square().flatten(1).mean(1)
 """, "t is not exactly 0"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    return (network(z0, z0.new_zeros(len(z0))) - z1).square().flatten(1).mean(1)
+""", "v is compared with z1"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    return (z0 - network(z0, z0.new_zeros(len(z0))) - z1).square().flatten(1).mean(1)
+""", "the step is reversed"),
     ("hw4", "progressive", """
 def progressive_target(teacher, xt, t, steps):
     with torch.no_grad():
@@ -189,6 +235,11 @@ def progressive_target(teacher, xt, t, steps):
     v = teacher(xt, t)
     return (v + teacher(xt + v / (2 * steps), t + 0.5 / steps)) / 2
 """, "a gradient flows into the target"),
+    ("hw4", "progressive", """
+def progressive_target(teacher, xt, t, steps):
+    with torch.no_grad():
+        return (teacher(xt, t) + teacher(xt, t + 0.5 / steps)) / 2
+""", "starts at x_t in place of x_m"),
     ("hw4", "consistency", """
 def consistency_loss(network, x0, x1, t, r):
     c = 0.00054 * x0[0].numel()
@@ -203,6 +254,13 @@ def consistency_loss(network, x0, x1, t, r):
     b = ch4.jump(network, ch4.interpolate(x0, x1, r), r)
     return t * r / (r - t) * (((a - b).flatten(1).square().sum(1) + c ** 2).sqrt() - c)
 """, "the target is not detached"),
+    ("hw4", "consistency", """
+def consistency_loss(network, x0, x1, t, r):
+    c = 0.00054 * x0[0].numel() ** 0.5
+    a = ch4.jump(network, ch4.interpolate(x0, x1, t), t)
+    b = ch4.jump(network, ch4.interpolate(torch.randn_like(x0), x1, r), r).detach()
+    return t * r / (r - t) * (((a - b).flatten(1).square().sum(1) + c ** 2).sqrt() - c)
+""", "noise is drawn anew"),
     ("hw4", "grid", """
 def karras_times(n, low=0.002, high=80.0, rho=7):
     root = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64)
@@ -236,6 +294,11 @@ def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
 def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
     return lpips(x0 + velocity(x0, torch.zeros(len(x0)), text), x1)
 """, "LPIPS compares latents"),
+    ("hw5", "distill", """
+def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
+    landed = x0 - velocity(x0, x0.new_zeros(len(x0)), text)
+    return lpips(decode(landed / scale), decode(x1 / scale))
+""", "the step is reversed"),
     ("hw5", "straighten", """
 def straighten(flow_map, texts, network, config):
     x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]

@@ -6,6 +6,7 @@ equals one of those is told its mistake; any other is told what was expected and
 import torch
 
 SIZES = ("must match the size", "broadcast", "shape", "size of tensor")      # how torch words a missing reshape
+NUMBERS = ("'float' object", "'int' object", "tensor of dimension 0")        # and a time that is no tensor (B,)
 
 
 def expect(attempt, want, equation, mistakes=None, tolerance=1e-4):
@@ -20,8 +21,11 @@ def expect(attempt, want, equation, mistakes=None, tolerance=1e-4):
     except (NotImplementedError, AssertionError, NameError):
         raise
     except Exception as error:
-        hint = ("\n  Often: t has shape (B,) and must get trailing axes, (B, 1, ..., 1), before it meets x (B, *D)."
-                if any(word in str(error) for word in SIZES) else "")
+        hint = ""
+        if any(word in str(error) for word in NUMBERS):
+            hint = "\n  Often: a network wants t as a tensor (B,), not as a number: x.new_full((len(x),), number)."
+        elif any(word in str(error) for word in SIZES):
+            hint = "\n  Often: t has shape (B,) and must get trailing axes, (B, 1, ..., 1), before it meets x (B, *D)."
         text = f"Your code raised {type(error).__name__}: {first_line(error)}{hint}"
         raise AssertionError(f"{equation}\n  {text}") from error
     together, got, want = isinstance(want, tuple), parts(got, equation), parts(want, equation)
