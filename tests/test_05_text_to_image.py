@@ -831,6 +831,16 @@ def test_a_model_without_a_size_of_its_own_wants_one(finished, run, tmp_path, si
     assert run("sample", "--model", "odd", "--prompt", "a", "--count", "1", "--size", "16")[0] == 0
 
 
+def test_a_negative_prompt_matters_under_guidance(finished, run, tmp_path):
+    """Guidance away from the prompt itself is none; the empty text's place is what it takes."""
+    pictures = []
+    for more in (("--guidance", "1"), ("--guidance", "9", "--negative", "a red cross"), ("--guidance", "9")):
+        code, _, err = run("sample", "--model", finished.folder / "2-rf-0", "--prompt", "a red cross", *more)
+        assert code == 0, err
+        pictures.append(np.array(Image.open(tmp_path / "sample.png")).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1 < abs(pictures[0] - pictures[2]).max()
+
+
 def test_weights_that_are_not_finite_draw_nothing(finished, run, tmp_path):
     shutil.copytree(finished.folder / "2-rf-0", tmp_path / "broken")
     path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
