@@ -1490,6 +1490,7 @@ class VAE(nn.Module):
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4, groups=32, scale=0.18215):
         super().__init__()
+        require(0 < scale < math.inf, f"scale {scale}")
         self.scale, self.checkpointing, top, first = scale, False, channels[-1], channels[0]
         resnet, last = partial(ResBlock, groups=groups, eps=1e-6), len(channels) - 1
         down = [Stage([channels[max(i - 1, 0)]] + [c] * (layers - 1), c, resnet,
@@ -1536,9 +1537,17 @@ def build(cls, config, names, fixed):
         if not (value == fixed[key] if key in fixed else off):
             raise UserError(f"{cls.__name__} has no {key} = {value!r}")
     try:
+        require(all(plausible(key, config.get(key)) for key in names.values()), "a number is out of any range")
         return cls(**{name: config[key] for name, key in names.items() if key in config})
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
+
+
+def plausible(key, value):
+    """Whether a number from somebody's file can be a setting: with 10^12 layers, building would not come to an end."""
+    if not isinstance(value, (int, float)):
+        return True
+    return not isinstance(value, bool) and 0 < value <= (100 if "layers" in key else 2 ** 20)
 
 
 class CLIP(CLIPTextEncoder):
@@ -1547,6 +1556,7 @@ class CLIP(CLIPTextEncoder):
     def __init__(self, text, image, size, patch, dim):
         super().__init__(**text)
         width, layers, heads, inner, act = (image[name] for name in ("width", "layers", "heads", "inner", "act"))
+        require(width % heads == 0, f"{width} channels in {heads} heads")
         self.vision_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"patch_embedding": nn.Conv2d(3, width, patch, patch, bias=False),
                                          "position_embedding": nn.Embedding((size // patch) ** 2 + 1, width)}),
@@ -1572,8 +1582,10 @@ class CLIP(CLIPTextEncoder):
             text, image = (dict(width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
                                 inner=c["intermediate_size"], act=c["hidden_act"]) for c in (written, seen))
             text |= dict(vocab=written["vocab_size"], length=written["max_position_embeddings"])
+            numbers = [*text.items(), *image.items(), *((key, seen[key]) for key in ("image_size", "patch_size"))]
+            require(all(plausible(*pair) for pair in numbers), "a number is out of any range")
             model = cls(text, image, seen["image_size"], seen["patch_size"], config.get("projection_dim", 512))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{folder}/config.json describes no CLIP with two towers: {one_line(error)}") from None
         weights = folder / "model.safetensors"
         load_weights(model, weights if weights.exists() else folder / "pytorch_model.bin")
@@ -1793,7 +1805,8 @@ def read_state(module, path):
         if not name.endswith("position_ids"):
             state[name if name in want or "text_model." + name not in want else "text_model." + name] = tensor
     wrong = {"missing": want.keys() - state.keys(), "unknown": state.keys() - want.keys(),
-             "of another shape": [name for name in want.keys() & state.keys() if want[name].shape != state[name].shape]}
+             "of another shape": [name for name in want.keys() & state.keys() if want[name].shape != state[name].shape],
+             "of whole numbers": [name for name, tensor in state.items() if not tensor.is_floating_point()]}
     if any(wrong.values()):
         found = "; ".join(f"{kind}: {first_three(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"{path} does not fit {type(module).__name__}: {found}")
@@ -1823,8 +1836,9 @@ def merge_lora(modules, path, scale=1.0):
     found = {name.split(".")[0] for name in tensors}
     known = {f"{layer}.{part}" for layer in found & layers.keys() for part in parts}
     wrong = tensors.keys() - known or known - tensors.keys() - {f"{layer}.alpha" for layer in found}
-    if wrong:
-        raise UserError(f"{path}: keys without a layer or without their other half: {first_three(wrong)}")
+    if wrong or not found:
+        raise UserError(f"{path} is no LoRA in Kohya's naming (lora_unet_...); keys without a layer or without their "
+                        f"other half: {first_three(wrong)}")
     pairs = {name: [tensors[f"{name}.{part}"].float() for part in parts[:2]] for name in found}
     wrong = [name for name, (up, down) in pairs.items() if not fits(layers[name], up, down)
              or tensors.get(f"{name}.alpha", up[:1, :1]).numel() != 1]
@@ -1942,10 +1956,29 @@ def load_pipeline(source, cache="runs/cache", base="https://huggingface.co", dty
         with torch.device("meta"):                         # no memory, no time: the weights come from the file
             module = cls.from_config(config).to(dtype)
         return load_weights(module, find(f"{name}/{stem}.safetensors", f"{name}/{bin_stem or stem}.bin"))
-    return Pipeline(CLIPTokenizer(find("tokenizer/vocab.json"), find("tokenizer/merges.txt")),
+    pipe = Pipeline(CLIPTokenizer(find("tokenizer/vocab.json"), find("tokenizer/merges.txt")),
                     part("text_encoder", CLIPTextEncoder, "model", "pytorch_model"),
                     part("unet", UNet, "diffusion_pytorch_model"), part("vae", VAE, "diffusion_pytorch_model"),
                     read_json(find("scheduler/scheduler_config.json")), folder)
+    check_fit(pipe, source)
+    return pipe
+
+
+def check_fit(pipe, source):
+    """UserError if the parts of a pipeline are of different models."""
+    words, places = (pipe.text_encoder.text_model["embeddings"][f"{kind}_embedding"].weight
+                     for kind in ("token", "position"))
+    first, last = getattr(pipe.unet, "a", pipe.unet).conv_in, getattr(pipe.unet, "b", pipe.unet).conv_out
+    read = {module.to_k.in_features for name, module in pipe.unet.named_modules() if name.endswith("attn2")}
+    numbers = pipe.tokenizer.vocab.values()
+    for fits, what in (
+            (0 <= min(numbers) and max(numbers) < len(words), "the tokenizer has numbers that the text encoder lacks"),
+            (len(places) >= pipe.tokenizer.length, f"the text encoder reads only {len(places)} tokens"),
+            (read <= {words.shape[1]}, f"the U-Net wants texts of width {read}, not {words.shape[1]}"),
+            ({first.in_channels, last.out_channels} == {pipe.vae.post_quant_conv.in_channels},
+             "the latents of U-Net and VAE differ")):
+        if not fits:
+            raise UserError(f"{source}: its parts do not fit each other: {what}")
 
 
 def unet_file(source, cache="runs/cache", base="https://huggingface.co"):
@@ -2061,6 +2094,7 @@ def place(model, device):
 def make_optimizer(model, config):
     """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
+
 
 # Differs from 01_rectified_flow.py: the batch in slices
 def accelerate(model, config):
@@ -2677,6 +2711,8 @@ def latent_shape(pipe, config):
     if len(config.size) > 2:
         raise UserError(f"--size wants one number, or height and width, got {len(config.size)}")
     own = read_json(pipe.folder / "unet" / "config.json").get("sample_size") or 64
+    if 0 in config.size and not (isinstance(own, int) and 0 < own <= 1024):
+        raise UserError(f"{pipe.folder} says sample_size = {own!r}, which is no side: give --size")
     sides = [side or own * factor for side in (config.size * 2)[:2]]
     if any(side % factor for side in sides):
         raise UserError(f"--size {' '.join(map(str, config.size))}: sides must be divisible by {factor}")
@@ -2690,6 +2726,8 @@ def draw_prompts(pipe, go, shape, config, device, numbers):
         text, noise = part.to(device).T
         x0 = pair_noise(seed_for(config.seed), noise, shape)
         images.append(decode_latents(pipe.vae, go(x0, text)).cpu())
+    if not all(part.isfinite().all() for part in images):
+        raise UserError("the pictures are not finite: the weights are broken, or do not go with --steps and --guidance")
     return torch.cat(images)
 
 
@@ -2698,8 +2736,9 @@ def sample_main(config):
     device = choose_device(config)
     if config.model and not any(text.strip() for text in config.prompt):
         raise UserError('--prompt "..." is missing or empty: what shall be drawn?')
-    for path in filter(None, (config.out, config.interpolate)):
-        picture_format(path)                               # a wrong name fails here, not after the work
+    picture_format(config.out)                             # a wrong name fails here, not after the work
+    if config.interpolate and picture_format(config.interpolate) not in Image.SAVE_ALL:
+        raise UserError(f"--interpolate {config.interpolate}: no film format; name a GIF, such as walk.gif")
     pipe = open_model(config, device)
     shape, prompts = latent_shape(pipe, config), Prompts(pipe, [*config.prompt], config.negative)
     if config.negative and config.guidance <= 1:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import struct
 import threading
 import unicodedata
@@ -342,6 +343,14 @@ def test_text_encoder_equals_transformers(name, dtype):
     ("VAE", reference_vae, {"shift_factor": 0.1}, "shift_factor"),
     ("VAE", reference_vae, {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
     ("VAE", reference_vae, {"block_out_channels": 7}, "VAE"),
+    ("UNet", reference_unet, {"layers_per_block": 10 ** 12}, "out of any range"),
+    ("UNet", reference_unet, {"attention_head_dim": -1}, "out of any range"),
+    ("UNet", reference_unet, {"norm_num_groups": True}, "out of any range"),
+    ("VAE", reference_vae, {"norm_num_groups": -1}, "out of any range"),
+    ("VAE", reference_vae, {"scaling_factor": "x"}, "VAE"),
+    ("VAE", reference_vae, {"scaling_factor": None}, "VAE"),
+    ("VAE", reference_vae, {"scaling_factor": 0}, "out of any range"),
+    ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"num_hidden_layers": 10 ** 12}, "out of any range"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_act": "silu"}, "silu"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_size": 15}, "15 channels"),
@@ -670,6 +679,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "missing: 4 (conv_in.bias, conv_in.weight, conv_out.bias, ...)" in message
     assert "1 (extra.weight)" in message and "1 (time_embedding.linear_1.bias)" in message
     assert_same_tensors(unet.state_dict(), before)
+    safetensors.torch.save_file(before | {"conv_in.bias": before["conv_in.bias"].to(torch.int32)}, path)
+    with pytest.raises(UserError) as error:
+        chapter.load_weights(unet, path)
+    assert "whole numbers: 1 (conv_in.bias)" in one_line(error)
     safetensors.torch.save_file({"a\nb": torch.zeros(1), "": torch.zeros(1), "c" * 10 ** 5: torch.zeros(1)}, path)
     with pytest.raises(UserError) as error:
         chapter.load_weights(unet, path)
@@ -774,6 +787,21 @@ def test_pipeline_from_a_folder_of_bin_files(layout, references, tmp_path):
         else:
             path.write_bytes((layout / name).read_bytes())
     assert_pipeline(chapter.load_pipeline(tmp_path), references)
+
+
+@pytest.mark.parametrize("part, config, words", [
+    ("text_encoder", {"hidden_size": 24}, "width {12}, not 24"), ("text_encoder", {"vocab_size": 9}, "the tokenizer"),
+    ("text_encoder", {"max_position_embeddings": 40}, "only 40 tokens"), ("unet", {"in_channels": 5}, "latents")])
+def test_parts_of_different_models_are_one_line(layout, tmp_path, part, config, words):
+    shutil.copytree(layout, tmp_path / "mixed")
+    folder, cls = tmp_path / "mixed" / part, {"unet": chapter.UNet, "text_encoder": chapter.CLIPTextEncoder}[part]
+    config = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(config))
+    stem = "diffusion_pytorch_model" if part == "unet" else "model"
+    chapter.save_safetensors(folder / f"{stem}.safetensors", cls.from_config(config).state_dict())
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path / "mixed")
+    assert words in one_line(error)
 
 
 @torch.no_grad()
@@ -1084,6 +1112,8 @@ def test_wrong_lora_changes_nothing_and_is_one_line(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"))
     assert words in one_line(error)
+    with pytest.raises(UserError, match="no LoRA"):
+        chapter.merge_lora(models, saved({}, tmp_path / "empty.safetensors"))
     for kind, model in modules().items():
         assert_same_tensors(models[kind].state_dict(), model.state_dict())
 

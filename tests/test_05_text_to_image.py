@@ -356,6 +356,21 @@ def test_the_teacher_learns_the_noise_and_sees_no_more_of_a_text_than_it_should(
     assert set(seen[0].tolist()) == {7, 9} and (seen[0] == 9).float().mean() == pytest.approx(0.25, abs=0.03)
 
 
+def test_the_teacher_learns_latents_of_unit_variance(tmp_path, monkeypatch):
+    """They are multiplied by the factor that its VAE's config names."""
+    class Caught(Exception):
+        pass
+
+    def look(latents, tokens, empty, config):
+        raise Caught(latents)
+    monkeypatch.setattr(chapter, "teacher_loss", look)
+    config = chapter.parse_config(chapter.Config, [*TINY, "--vae-lr", "0"])
+    images, _, captions = chapter.shapes(64, 16, 0)
+    with pytest.raises(Caught) as caught:
+        chapter.tiny_teacher(images, captions, config, CPU, tmp_path)
+    assert caught.value.args[0].std().item() == pytest.approx(1, abs=1e-3)
+
+
 class Doubling(nn.Module):
     """A VAE whose picture is twice the latent, with a posterior of its own."""
     scale, mean, logvar = 0.5, 1.5, -0.8
@@ -409,6 +424,7 @@ def test_pairs_stay_together(tmp_path, pipe):
     close(x0, torch.cat([x for x, _ in made])[index], atol=0)
     close(text, prompts(index), atol=0)
     assert len(chapter.Pairs(tmp_path, 11, 8, (2, 3, 3))) == 11        # fewer than there are, for reflow
+    assert (chapter.draw_stored(pairs, 7, prompts, dropout=1.0)(20)[2] == prompts.null).all()
 
 
 def test_pairs_that_exist_are_not_made_again(tmp_path):
@@ -796,6 +812,7 @@ def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
     (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER"), ("--delta", "two models")),
     (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER", "nowhere"), ("nowhere",)),
     (("--model", "FOLDER", "--prompt", "a", "--out", "sheet.txt"), ("sheet.txt",)),
+    (("--model", "FOLDER", "--prompt", "a", "--interpolate", "walk.jpg"), ("walk.jpg", "GIF")),
     (("--model", "FOLDER", "--prompt", "a", "--preset", "paper"), ("--preset",)),
 ])
 def test_a_wrong_wish_is_one_line(finished, run, tmp_path, args, words):
@@ -804,6 +821,38 @@ def test_a_wrong_wish_is_one_line(finished, run, tmp_path, args, words):
     code, out, err = run("sample", *(folder if word == "FOLDER" else word for word in args))
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
     one_line(err, *words)
+
+
+@pytest.mark.parametrize("size", ["x", -1, 10 ** 12, [8, 8]])
+def test_a_model_without_a_size_of_its_own_wants_one(finished, run, tmp_path, size):
+    """What is no side is one line, unless --size says it."""
+    shutil.copytree(finished.folder / "2-rf-0", tmp_path / "odd")
+    path = tmp_path / "odd" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    code, out, err = run("sample", "--model", "odd", "--prompt", "a", "--count", "1")
+    assert code == 2 and not (tmp_path / "sample.png").exists()
+    one_line(err, "sample_size", "--size")
+    assert run("sample", "--model", "odd", "--prompt", "a", "--count", "1", "--size", "16")[0] == 0
+
+
+def test_a_negative_prompt_matters_under_guidance(finished, run, tmp_path):
+    """Guidance away from the prompt itself is none; the empty text's place is what it takes."""
+    pictures = []
+    for more in (("--guidance", "1"), ("--guidance", "9", "--negative", "a red cross"), ("--guidance", "9")):
+        code, _, err = run("sample", "--model", finished.folder / "2-rf-0", "--prompt", "a red cross", *more)
+        assert code == 0, err
+        pictures.append(np.array(Image.open(tmp_path / "sample.png")).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1 < abs(pictures[0] - pictures[2]).max()
+
+
+def test_weights_that_are_not_finite_draw_nothing(finished, run, tmp_path):
+    shutil.copytree(finished.folder / "2-rf-0", tmp_path / "broken")
+    path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: torch.full_like(t, float("nan")) for name, t in chapter.load_safetensors(path).items()}
+    chapter.save_safetensors(path, weights)
+    code, out, err = run("sample", "--model", "broken", "--prompt", "a")
+    assert code == 2 and not (tmp_path / "sample.png").exists()
+    one_line(err, "not finite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -856,6 +905,19 @@ def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch
     assert result["captions"] == 5 and result["size"] == [16, 16] and result["FID"] > 0
     assert -1 <= result["CLIP score"] <= 1 and set(result["seconds per batch"]) == {"text", "U-Net", "decode"}
     assert all(value > 0 for value in result["seconds per batch"].values())
+
+
+@pytest.mark.parametrize("part, change", [
+    ("vision_config", {"num_attention_heads": None}), ("vision_config", {"patch_size": 0}),
+    ("vision_config", {"num_hidden_layers": 10 ** 12}), ("text_config", {"num_hidden_layers": 10 ** 12}),
+    ("text_config", {"hidden_size": -8})])
+def test_a_wrong_clip_is_one_line(judge, tmp_path, part, change):
+    shutil.copytree(judge[0], tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    config[part] |= change
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(chapter.UserError, match="describes no CLIP"):
+        chapter.CLIP.from_folder(tmp_path / "clip")
 
 
 @pytest.mark.parametrize("args, words", [
