@@ -81,7 +81,7 @@ class Config:
     batch: int = option(32, "images in a step, over all processes", low=1)
     pairs: int = option(5120, "pairs (z0, z1) made for a reflow round", low=1)
     pair_solver: str = option("heun", "ODE solver that makes pairs", choices=("euler", "heun", "rk45"))
-    pair_steps: int = option(6, "its steps (heun takes two evaluations each; rk45 ignores it)", low=1)
+    pair_steps: int = option(5, "its steps (heun takes two evaluations each; rk45 ignores it)", low=1)
     shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
     channels: int = option(32, "width of the U-Net's first level; a multiple of 32, or 4, 8, 16", low=4)
     mult: tuple = option((1, 1, 1), "width of each level, in multiples of channels", low=1)
@@ -481,7 +481,7 @@ def evaluate(velocity, real, features, config, shape, device):
         result["NFE"][name], pictures[name] = nfe, images[:12]
     index = torch.arange(min(256, config.eval_size), device=device)
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
-    by_time = straightness_by_time(flow, pair_noise(seed_for(config.seed, 999), index, shape), 20)
+    by_time = straightness_by_time(flow, pair_noise(seed_for(config.seed, 999), index, shape), 10)
     return result | {"S": by_time.mean().item(), "S_by_t": by_time.tolist()}, pictures
 
 
@@ -936,8 +936,8 @@ def choose_device(config):
 
 # Copied from 01_rectified_flow.py
 def place(model, device):
-    """To the device; on CUDA in channels_last, since a U-Net's compiled training graph keeps the layout it is given."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps what it gets."""
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
 
 
@@ -1177,7 +1177,7 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             mean, stop = average(total, step - last, caught)
             samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
+                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower the learning rate")
             log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),

@@ -369,7 +369,7 @@ class Prompts:
 
     def __init__(self, pipe, texts, empty="", few=256):
         self.texts, self.tokens, self.encoder = texts, pipe.tokenizer(texts).int(), pipe.text_encoder
-        if pipe.tokenizer.truncated:
+        if pipe.tokenizer.truncated and process()[0] == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
                   "their ends are cut off", file=sys.stderr)
         self.null = self.encode(pipe.tokenizer([empty]))
@@ -691,7 +691,10 @@ def flow_map(network, prompts, *how):
 @torch.no_grad()
 def decode_latents(vae, x1):
     """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
-    return vae.decode(x1 / vae.scale).float().clamp(-1, 1)
+    images = vae.decode(x1 / vae.scale).float()
+    if not images.isfinite().all():
+        raise UserError("the pictures are not finite: the weights are broken, or do not go with --steps and --guidance")
+    return images.clamp(-1, 1)
 
 
 # Differs from 02_reflow.py: latents that are decoded, text by index
@@ -2085,8 +2088,8 @@ def choose_device(config):
 
 # Copied from 01_rectified_flow.py
 def place(model, device):
-    """To the device; on CUDA in channels_last, since a U-Net's compiled training graph keeps the layout it is given."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps what it gets."""
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
 
 
@@ -2327,7 +2330,7 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             mean, stop = average(total, step - last, caught)
             samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
+                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower the learning rate")
             log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),
@@ -2726,8 +2729,6 @@ def draw_prompts(pipe, go, shape, config, device, numbers):
         text, noise = part.to(device).T
         x0 = pair_noise(seed_for(config.seed), noise, shape)
         images.append(decode_latents(pipe.vae, go(x0, text)).cpu())
-    if not all(part.isfinite().all() for part in images):
-        raise UserError("the pictures are not finite: the weights are broken, or do not go with --steps and --guidance")
     return torch.cat(images)
 
 
@@ -2777,8 +2778,8 @@ def evaluate_main(config):
     if not config.captions:
         raise UserError("--captions FILE, please: COCO's captions_*.json, or a text file")
     captions = read_captions(config.captions, config.count)
-    if config.fid and not config.real:
-        raise UserError("--fid needs --real FOLDER of real images")
+    if config.fid and not Path(config.real or "?").is_dir():
+        raise UserError(f"--fid needs --real FOLDER of real images; got {config.real or 'none'}")
     features = inception_features(config.inception or None, config.download, config.data_dir, device) \
         if config.fid else None
     judge = CLIP.from_folder(config.clip) if config.clip else None

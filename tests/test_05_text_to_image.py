@@ -922,7 +922,8 @@ def test_a_wrong_clip_is_one_line(judge, tmp_path, part, change):
 
 @pytest.mark.parametrize("args, words", [
     ((), ("--captions",)), (("--captions", "nowhere.json"), ("nowhere.json",)), (("--fid",), ("--captions",)),
-    (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--clip", "nowhere"), ("config.json",)),
+    (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--fid", "--real", "no"), ("got no",)),
+    (("--captions", "c.txt", "--clip", "nowhere"), ("config.json",)),
     (("--captions", "c.txt", "--model", "nowhere"), ("nowhere",)),
 ])
 def test_a_wrong_evaluation_is_one_line(run, tmp_path, args, words):
