@@ -1325,7 +1325,7 @@ def choose_device(config):
 
 # Copied from 01_rectified_flow.py
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps what it gets."""
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
 
@@ -1566,7 +1566,7 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             mean, stop = average(total, step - last, caught)
             samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower the learning rate")
+                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
             log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),

@@ -91,7 +91,7 @@ class Config:
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
     init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
-    direct: bool = option(True, "also distil the teacher directly: as long as 2-RF, then as long as reflow took as well")
+    direct: bool = option(True, "distil the teacher directly as well: as long as 2-RF, and for reflow's steps on top")
     vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
     vae_channels: tuple = option((16, 32), "its widths; each but the first halves the picture", low=4)
     vae_lr: float = option(3e-3, "its peak learning rate", low=0.0)
@@ -2088,7 +2088,7 @@ def choose_device(config):
 
 # Copied from 01_rectified_flow.py
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps what it gets."""
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
 
@@ -2330,7 +2330,7 @@ def fit(model, loss_fn, config, folder, stage, stream, floor=None):
             mean, stop = average(total, step - last, caught)
             samples, seconds = config.batch * (step - last), time.perf_counter() - clock
             if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower the learning rate")
+                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
             log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
             if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
                 save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),

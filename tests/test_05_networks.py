@@ -1061,7 +1061,7 @@ def test_lora_identities(tmp_path):
             chapter.merge_lora(models, saved(tensors, tmp_path / "l.safetensors"), scale)
         return {f"{kind}.{name}": t for kind in models for name, t in models[kind].state_dict().items()}
 
-    plain = merged({}, 1.0)
+    plain = merged({})                                     # no file merged at all
     once = merged(tensors, 1.0)
     assert_same_tensors(merged({n: t * ("lora_up" not in n) for n, t in tensors.items()}, 1.0), plain)
     assert_same_tensors(merged(tensors, 0.0), plain)
