@@ -62,7 +62,7 @@ class Config:
     target: str = option("eight_gaussians", "data distribution", choices=(
         "eight_gaussians", "gaussian", "two_moons", "checkerboard", "spiral", "rings"))
     rounds: int = option(3, "rectified flows in a row: 1-RF, 2-RF, ...", low=1, high=10)
-    steps: int = option(2000, "training steps of a round", low=1)
+    steps: int = option(1800, "training steps of a round", low=1)
     batch: int = option(2048, "samples in a step, over all processes", low=1)
     pairs: int = option(65536, "pairs (z0, z1) made for a reflow round", low=1)
     pair_steps: int = option(32, "Heun steps that carry z0 to z1", low=1)
