@@ -91,7 +91,7 @@ class Config:
     unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
     init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
                        choices=("teacher", "negated"))
-    direct: bool = option(True, "distil the teacher directly as well: as long as 2-RF, and for reflow's steps on top")
+    direct: bool = option(True, "also distil the teacher directly: for distillation's steps, and for reflow's on top")
     vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
     vae_channels: tuple = option((16, 32), "its widths; each but the first halves the picture", low=4)
     vae_lr: float = option(3e-3, "its peak learning rate", low=0.0)
