@@ -10,11 +10,11 @@ Reflow trains again on the flow's own endpoints (z0, z1 = ODE[v](z0)).  These pa
 (2-RF) is nearly straight, and a single step of it is nearly exact.
 
     python 01_rectified_flow.py                                # 1-RF, 2-RF, 3-RF on eight Gaussians, two minutes
-    python 01_rectified_flow.py --target checkerboard          # or two_moons, spiral, rings, gaussian
+    python 01_rectified_flow.py --target checkerboard          # or two_moons, gaussian
     python 01_rectified_flow.py --rounds 2 --seed 1 --out runs/mine
 
-You will see, in runs/01_rectified_flow/quick/: paths.png (the same noise under each flow), quality.png (distance to the
-data against the number of steps), loss.png (the loss beside its exact floor), flow.gif, and a table of every number.
+You will see, in runs/01_rectified_flow/quick/: paths.png and flow.gif (the same noise under each flow, and after one
+Euler step of it), and a table: W2 to the data against steps, straightness, transport cost, the loss and its exact floor.
 [Liu+22] Liu, Gong, Liu: Flow Straight and Fast, arXiv 2209.03003.
 """
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import inspect
@@ -42,7 +41,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
@@ -94,7 +92,7 @@ def make_pairs(velocity, x0, steps):
 class Config:
     """Rectified flows in two dimensions."""
     preset: Literal["quick", "gpu"] = "quick"               # size of the run
-    target: Target = "eight_gaussians"                      # data distribution
+    target: Literal["eight_gaussians", "gaussian", "two_moons", "checkerboard"] = "eight_gaussians"  # data points
     rounds: Annotated[int, 1, 10] = 3                       # rectified flows in a row: 1-RF, 2-RF, ...
     steps: Count = 1800                                     # training steps of a round
     batch: Count = 2048                                     # samples in a step, over all processes
@@ -108,7 +106,7 @@ class Config:
     warmup: Whole = 100                                     # steps of linear warm-up
     grad_clip: Amount = 1.0                                 # largest gradient norm
     ema_decay: Share = 0.999                                # decay of the averaged weights
-    eval_size: Annotated[int, 2, 10 ** 7] = 20000           # held-out samples for S, V and transport cost
+    eval_size: Count = 20000                                # held-out samples for S, V and transport cost
     w2_size: Annotated[int, 2, 8192] = 1024                 # points for W2 (solver time grows as its cube)
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 200                                  # steps between log lines; a checkpoint is written at each
@@ -131,14 +129,13 @@ class Config:
 def main(config):
     """Algorithm 1 of [Liu+22]: fit a flow to noise and data; then, again and again, to the flow's own endpoints."""
     run = Run(config, __file__)
-    if config.w2_size > config.eval_size:
-        raise UserError(f"--w2-size {config.w2_size} is more than --eval-size {config.eval_size}")
     torch.manual_seed(config.seed)
     flow, flows = VelocityMLP(config.width, config.depth), []
     draw = partial(draw_independent, config.target, run.device)                 # 1-RF: noise and data drawn apart
     for k in range(1, config.rounds + 1):
         if k > 1:                                                               # reflow
-            z0, z1 = make_pairs(flow, fresh_noise(run, k), config.pair_steps)
+            torch.manual_seed(seed_for(config.seed, k))
+            z0, z1 = make_pairs(flow, torch.randn(config.pairs, 2, device=run.device), config.pair_steps)
             draw = partial(draw_stored, z0, z1)
         flow = run.fit(f"{k}-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=k)
         flows.append(flow)
@@ -158,23 +155,17 @@ def draw_stored(z0, z1, n):
 
 
 def pair_loss(model, ema, step, draw, n):
-    """What training minimises: the loss of n pairs at uniform times.  draw: n -> x0 (n, *D), x1 (n, *D).  Returns (n,)."""
+    """What training minimises: the loss (n,) of n pairs at uniform times.  draw: n -> x0 (n, *D), x1 (n, *D)."""
     x0, x1 = draw(n)
     t = torch.rand(n, device=x0.device)
     return flow_matching_loss(model, x0, x1, t)
-
-
-def fresh_noise(run, k):
-    """The z0 (pairs, 2) of round k, the same in every process and whenever the round is begun again."""
-    torch.manual_seed(seed_for(run.config.seed, k))
-    return torch.randn(run.config.pairs, 2, device=run.device)
 
 
 def report(flows, run):
     """Measure every round on the same held-out noise and data, print the table, draw the figures."""
     config = run.config
     torch.manual_seed(seed_for(config.seed, 999))           # draws that no training step has seen
-    x0, x1 = draw_independent(config.target, run.device, config.eval_size)
+    x0, x1 = draw_independent(config.target, run.device, max(config.eval_size, config.w2_size))
     data = sample_target(config.target, config.w2_size, run.device)
     other = sample_target(config.target, config.w2_size, run.device)
     floor, results = wasserstein2(data, other), []
@@ -187,7 +178,7 @@ def report(flows, run):
         x1 = z1                                             # the pairs that the next round has learned
     save_json(run.folder / "results.json", {"floor_W2": floor, "rounds": results})
     print_table(results, floor)
-    draw_all([copy.deepcopy(flow).cpu() for flow in flows], results, floor, data.cpu(), run)
+    draw_paths([copy.deepcopy(flow).cpu() for flow in flows], data.cpu(), run)
     print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
 
 
@@ -198,7 +189,7 @@ def report(flows, run):
 
 @torch.no_grad()
 def integrate(velocity, x0, steps, method="euler"):
-    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate reverse(v).
+    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - t).
 
     "euler": z += v/N, N evaluations.  "heun": slope averaged over both ends of a step, 2N evaluations.
     x0: (B, *D).  Returns the path (steps + 1, B, *D); [0] is x0, [-1] the samples.
@@ -214,11 +205,6 @@ def integrate(velocity, x0, steps, method="euler"):
             v = (v + velocity(z + v / steps, t + 1 / steps)) / 2
         path.append(z + v / steps)
     return torch.stack(path)
-
-
-def reverse(velocity):
-    """The same flow run backwards, w(x, s) = -v(x, 1 - s): integrate(reverse(v), z1, ...) ends in z0."""
-    return lambda x, s: -velocity(x, 1 - s)
 
 
 def straightness(velocity, x0, steps=100):
@@ -274,13 +260,6 @@ def loss_by_time(velocity, x0, x1, bins=10):
     return torch.stack([flow_matching_loss(velocity, x0, x1, t_bin).mean() for t_bin in t])
 
 
-def excess_loss(velocity, x0, x1, target):
-    """E |v - v*|^2 per coordinate, on x_t of held-out independent pairs: what training has left to gain."""
-    t = torch.rand(len(x0), device=x0.device)
-    xt = interpolate(x0, x1, t)
-    return (velocity(xt, t) - exact_velocity(xt, t, target)).square().mean().item()
-
-
 @torch.no_grad()
 def evaluate(velocity, x0, x1, data):
     """The numbers of one round.  x0, x1: (n, 2) held-out pairs of the coupling it learned;  data: (m, 2), m <= n.
@@ -300,26 +279,30 @@ def evaluate(velocity, x0, x1, data):
 
 @torch.no_grad()
 def compare_with_exact(velocity, x0, x1, target):
-    """The floor of 1-RF's loss, which is the loss of v* itself, and how far the velocity is above it.  Returns a dict."""
+    """1-RF beside v*: the floor is the loss of v* itself, the excess E |v - v*|^2 what training has left to gain.
+
+    x0, x1: (n, 2) held-out independent pairs of a target in MIXTURES.  Returns a dict, per coordinate.
+    """
     floor = loss_by_time(partial(exact_velocity, target=target), x0, x1)
-    excess = excess_loss(velocity, x0, x1, target)
+    t = torch.rand(len(x0), device=x0.device)
+    xt = interpolate(x0, x1, t)
+    excess = (velocity(xt, t) - exact_velocity(xt, t, target)).square().mean().item()
     return {"floor_by_t": floor.tolist(), "floor": floor.mean().item(), "excess": excess}
 
 
 def print_table(results, floor):
     """The numbers of all rounds, a line each, and how to read them."""
-    counts = list(results[0]["W2"])
     print(f"\nW2 to data after N Euler steps; two independent draws of data are {floor:.3f} apart")
-    print("      " + "".join(f"{'N=' + n:>8}" for n in counts) + "        S     cost        V   drop-(S+V)")
+    print("      " + "".join(f"{'N=' + n:>8}" for n in results[0]["W2"]) + "        S     cost        V   drop-(S+V)")
     for k, r in enumerate(results, 1):
         numbers = "".join(f"{w:8.3f}" for w in r["W2"].values())
         print(f"{k}-RF  {numbers} {r['S']:8.3f} {r['cost_after']:8.3f} {r['V']:8.3f} {r['identity_gap']:+12.3f}")
+    first = results[0]
     print("S straightness, cost E|z1-z0|^2, V irreducible loss (summed over 2 coordinates); cost before 1-RF: "
-          f"{results[0]['cost_before']:.3f}, and cost before - cost after = S + V in theory")
-    if "floor" in results[0]:
-        loss = sum(results[0]["loss_by_t"]) / len(results[0]["loss_by_t"])
-        print(f"1-RF held-out loss per coordinate {loss:.4f}, exact floor {results[0]['floor']:.4f}, "
-              f"excess E|v-v*|^2 {results[0]['excess']:.4f}")
+          f"{first['cost_before']:.3f}, and cost before - cost after = S + V in theory")
+    if "floor" in first:
+        print(f"1-RF held-out loss per coordinate {first['V'] / 2:.4f}, exact floor {first['floor']:.4f}, "
+              f"excess E|v-v*|^2 {first['excess']:.4f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,15 +322,11 @@ def mixture(n, device, name):
     return means.to(device)[torch.randint(len(means), (n,), device=device)] + std * torch.randn(n, 2, device=device)
 
 
-def polar(radius, angle):
-    """(n,) and (n,) to points (n, 2)."""
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-
-
 def two_moons(n, device):
     """Two interleaved half circles, the second upside down and shifted."""
     upper = torch.rand(n, device=device) < 0.5
-    points = polar(torch.ones(n, device=device), math.pi * torch.rand(n, device=device))
+    angle = math.pi * torch.rand(n, device=device)
+    points = torch.stack([angle.cos(), angle.sin()], 1)
     points = torch.where(upper[:, None], points, points.new_tensor([1.0, 0.5]) - points)
     return 3 * (points - points.new_tensor([0.5, 0.25])) + 0.2 * torch.randn(n, 2, device=device)
 
@@ -359,26 +338,10 @@ def checkerboard(n, device):
     return 2 * (torch.stack([column, row], 1) + torch.rand(n, 2, device=device)) - 4
 
 
-def spiral(n, device):
-    """Two arms; the square root spreads points evenly along them."""
-    angle = 3 * math.pi * torch.rand(n, device=device).sqrt()
-    arm = math.pi * torch.randint(2, (n,), device=device)
-    return polar(0.5 * angle, angle + arm) + 0.15 * torch.randn(n, 2, device=device)
-
-
-def rings(n, device):
-    """Three circles around the origin, each with points in proportion to its length."""
-    radius = torch.tensor([1.5, 3.0, 4.5], device=device)
-    ring = torch.multinomial(radius, n, replacement=True)
-    return polar(radius[ring], 2 * math.pi * torch.rand(n, device=device)) + 0.12 * torch.randn(n, 2, device=device)
-
-
 TARGETS = {
-    "eight_gaussians": partial(mixture, name="eight_gaussians"),
-    "gaussian": partial(mixture, name="gaussian"),
-    "two_moons": two_moons, "checkerboard": checkerboard, "spiral": spiral, "rings": rings,
+    "eight_gaussians": partial(mixture, name="eight_gaussians"), "gaussian": partial(mixture, name="gaussian"),
+    "two_moons": two_moons, "checkerboard": checkerboard,
 }
-Target = Literal["eight_gaussians", "gaussian", "two_moons", "checkerboard", "spiral", "rings"]
 
 
 def sample_target(name, n, device="cpu"):
@@ -417,6 +380,60 @@ class VelocityMLP(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def draw_paths(flows, data, run):
+    """Noise flowing to data, as lines in paths.png and in motion in flow.gif.  data: (m, 2), the background.
+
+    Above the lines of the training pairs and the paths of every flow, below one Euler step from the same noise.
+    """
+    torch.manual_seed(run.config.seed)
+    x0 = torch.randn(300, 2)
+    x1 = sample_target(run.config.target, 300)
+    ramp = torch.linspace(0, 1, 49)[:, None, None]          # (frames, 1, 1)
+    above = {"training pairs: lines cross": x0 + ramp * (x1 - x0)}
+    below = {"noise, coloured by direction": x0.expand(49, -1, -1)}
+    for k, flow in enumerate(flows, 1):
+        above[f"{k}-RF"] = integrate(flow, x0, 48, "heun")
+        below[f"{k}-RF, one Euler step"] = x0 + ramp * flow(x0, torch.zeros(300))
+    draw_panels(above | below, data, run.folder)
+
+
+def draw_panels(paths, data, folder):
+    """A panel for each of paths: name -> (frames, n, 2), all from the same n start points; half of them in the upper row.
+
+    A colour is the direction of a start point: where colours cross, paths cross.
+    """
+    from matplotlib import colormaps
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    from matplotlib.collections import LineCollection
+    figure, axes = new_figure(len(paths) // 2, rows=2)
+    dots, lines = [], []
+    for axis, (name, path) in zip(axes.flat, paths.items()):
+        empty_panel(axis, name, data)
+        angle = torch.atan2(path[0, :, 1], path[0, :, 0]) / (2 * math.pi) % 1
+        colours = colormaps["hsv"](angle.numpy()) * [0.85, 0.85, 0.85, 1]
+        segments = LineCollection(path.transpose(0, 1).numpy(), colors=colours, linewidths=0.9, alpha=0.6)
+        lines.append(axis.add_collection(segments))
+        dots.append(axis.scatter(*path[-1].T, s=14, c=colours, linewidths=0.3, edgecolors="white", zorder=4))
+    save_figure(figure, folder / "paths.png")
+    for segments in lines:
+        segments.remove()
+
+    def show(i):
+        for dot, path in zip(dots, paths.values()):
+            dot.set_offsets(path[i].numpy())
+    frames = [*range(len(path)), *[-1] * 16]                # rest at the end before starting over
+    FuncAnimation(figure, show, frames).save(folder / "flow.gif", PillowWriter(fps=20), dpi=50)
+
+
+def empty_panel(axis, title, data):
+    """A square window that shows nearly all of the data (m, 2), so that panels compare, and the data in grey."""
+    limit = 1.12 * torch.quantile(data.abs(), 0.995).item()
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+    axis.set_title(title, fontsize=13)
+    axis.spines[:].set_visible(False)
+    axis.scatter(*data.T, s=4, color="0.85", linewidths=0, zorder=0)
+
+
 def new_figure(columns, rows=1, size=4.0):
     """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
     from matplotlib.figure import Figure                    # here: training does not need it
@@ -426,116 +443,12 @@ def new_figure(columns, rows=1, size=4.0):
 
 
 def save_figure(figure, path):
-    """Write the picture, whole or not at all."""
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, bbox_inches="tight")
-
-
-def angle_colours(x0):
-    """One hue per direction of the start point: where hues cross, paths cross.  x0: (n, 2).  Returns (n, 3)."""
-    from matplotlib.colors import hsv_to_rgb
-    hue = (torch.atan2(x0[:, 1], x0[:, 0]) / (2 * math.pi)) % 1
-    return hsv_to_rgb(np.stack([hue, np.full(len(x0), 0.75), np.full(len(x0), 0.85)], 1))
-
-
-def empty_panel(axis, title, data):
-    """A square window that shows nearly all of the data, so that panels compare, and the data in grey.  data: (m, 2)."""
-    limit = 1.12 * torch.quantile(data.abs(), 0.995).item()
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
-    axis.set_title(title, fontsize=13)
-    axis.spines[:].set_visible(False)
-    axis.scatter(*data.T, s=3, color="0.86", linewidths=0, zorder=0)
-
-
-def draw_paths(paths, jumps, data, folder):
-    """Above, the crossing lines a flow is trained on, then each flow's paths; below, one Euler step.
-
-    paths, jumps: dicts of panel name -> (steps + 1, n, 2) from the same n start points;  data: (m, 2), the background.
-    """
-    from matplotlib.collections import LineCollection
-    figure, axes = new_figure(len(paths), rows=2)
-    for axis, (name, path) in zip(axes.flat, [*paths.items(), *jumps.items()]):
-        empty_panel(axis, name, data)
-        colours = angle_colours(path[0])
-        axis.add_collection(LineCollection(path.transpose(0, 1).numpy(), colors=colours, linewidths=0.9, alpha=0.6))
-        axis.scatter(*path[-1].T, s=14, c=colours, linewidths=0.3, edgecolors="white", zorder=4)
-    save_figure(figure, folder / "paths.png")
-
-
-def draw_quality(results, floor, folder):
-    """W2 to the data against the number of Euler steps, one curve per round, above the sampling floor."""
-    figure, axes = new_figure(1, size=5.0)
-    for k, result in enumerate(results, 1):
-        counts = [int(n) for n in result["W2"]]
-        size = max(3, 14 - 4 * k)                           # curves that coincide stay visible behind each other
-        axes[0, 0].semilogx(counts, list(result["W2"].values()), "o-", linewidth=2, markersize=size, label=f"{k}-RF")
-    axes[0, 0].axhline(floor, color="0.5", linestyle="--", label="two draws of data")
-    axes[0, 0].set(xlabel="Euler steps", ylabel="W2 to data", ylim=(0, None), xticks=counts, xticklabels=counts)
-    axes[0, 0].minorticks_off()
-    axes[0, 0].legend(frameon=False)
-    save_figure(figure, folder / "quality.png")
-
-
-def draw_loss(results, folder):
-    """Left: training loss of each round, with the exact floor of the first.  Right: held-out loss in bins of t."""
-    figure, axes = new_figure(2, size=4.5)
-    training, by_time = axes[0]
-    for k, result in enumerate(results, 1):
-        with open(folder / f"{k}-rf.csv") as file:
-            rows = list(csv.DictReader(file))
-        training.semilogy([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label=f"{k}-RF")
-        bins = len(result["loss_by_t"])
-        centres = (np.arange(bins) + 0.5) / bins
-        by_time.semilogy(centres, result["loss_by_t"], "o-", markersize=4, label=f"{k}-RF")
-    if "floor" in results[0]:
-        training.axhline(results[0]["floor"], color="k", linestyle="--", linewidth=1, label="floor of 1-RF (exact)")
-        by_time.semilogy(centres, results[0]["floor_by_t"], "k--", linewidth=1)
-    training.set(xlabel="training step", ylabel="loss per coordinate")
-    by_time.set(xlabel="t", title="held-out, by time")
-    training.legend(frameon=False)
-    save_figure(figure, folder / "loss.png")
-
-
-def draw_gif(paths, jumps, data, folder, frames=48):
-    """Noise flowing to data: above along the flow, below by one straight Euler step, where 1-RF collapses to the mean.
-
-    paths, jumps: dicts of panel name -> (frames + 1, n, 2).
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-    figure, axes = new_figure(len(paths), rows=2, size=2.6)
-    canvas = FigureCanvasAgg(figure)
-    moving, images = [], []
-    for axis, (name, path) in zip(axes.flat, [*paths.items(), *jumps.items()]):
-        empty_panel(axis, name, data)
-        moving.append((axis.scatter(*path[0].T, s=5, c=angle_colours(path[0]), linewidths=0), path))
-    for i in list(range(frames + 1)) + [frames] * 16:                      # rest at the end before starting over
-        for dots, path in moving:
-            dots.set_offsets(path[i].numpy())
-        canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64))
-    with replacing(folder / "flow.gif") as part:
-        images[0].save(part, save_all=True, append_images=images[1:], duration=50, loop=0)
-
-
-def draw_all(flows, results, floor, data, run):
-    """Every figure of the chapter, from the same few hundred start points."""
-    torch.manual_seed(run.config.seed)
-    x0 = torch.randn(300, 2)
-    x1 = sample_target(run.config.target, 300)
-    ramp = torch.linspace(0, 1, 49)[:, None, None]          # (frames, 1, 1)
-    paths = {f"{k}-RF": integrate(flow, x0, 48, "heun") for k, flow in enumerate(flows, 1)}
-    jumps = {f"{k}-RF, one Euler step": x0 + ramp * flow(x0, torch.zeros(300)) for k, flow in enumerate(flows, 1)}
-    pairs = {"training pairs: lines cross": x0 + ramp * (x1 - x0)}
-    noise = {"noise, coloured by direction": x0.expand(49, -1, -1)}
-    draw_paths(pairs | paths, noise | jumps, data, run.folder)
-    draw_quality(results, floor, run.folder)
-    draw_loss(results, run.folder)
-    draw_gif(paths, jumps, data, run.folder)
+    """A picture for screen and slides."""
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The training loop, the same text in all five files
+# The training loop and its fast path, the same text in all five files
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -543,9 +456,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
     """Minimise E[loss_fn] with AdamW; yields (step, loss, ema) after every update; all the rest is the caller's.
 
     loss_fn: (model, ema, step) -> (B,) losses; it draws its own batch: which pairs, which times, which distance.
-    stream: which random stream; a step draws the same numbers whenever it is run.
-    progress: (optimizer, ema, steps done) of a run that goes on.
-    Yields step (counted from 1), loss: () detached, still on the device (reading it waits for the GPU), ema: EMA.
+    stream: which random stream; a step draws the same numbers whenever it is run.  progress: (optimizer, ema, steps
+    done) of a run that goes on.  Yields step (counted from 1), loss: () still on the device, ema: EMA.
     """
     optimizer, ema, done = progress or (make_optimizer(model, config), EMA(model, config.ema_decay), 0)
     network, autocast, unsynced = accelerate(model, config)
@@ -570,6 +482,11 @@ def learning_rate(step, config):
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     decay = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.lr_decay == "cosine" else 1.0
     return config.lr * warm * decay
+
+
+def seed_for(*numbers):
+    """One 32-bit seed from several integers.  hash() of integers is the same in every process, unlike that of text."""
+    return hash(numbers) % 2 ** 32
 
 
 class EMA:
@@ -598,6 +515,11 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
+def place(model, device):
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
+
+
 def accelerate(model, config):
     """The fast path, set up once before the loop: compiled graph, bf16 on CUDA, one replica per process.
 
@@ -621,15 +543,18 @@ def compile_network(model, config):
         model.compile(dynamic=False)
 
 
+def process():
+    """(rank, number of processes); (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Plumbing: flags, device, files, stopping and going on.  Nothing here is about flows; the same text in all five files
 # ----------------------------------------------------------------------------------------------------------------------
 
-Whole = Annotated[int, 0, 2 ** 32 - 1]
-Count = Annotated[int, 1, 2 ** 32 - 1]
-Share = Annotated[float, 0, 1]
-Amount = Annotated[float, 0, math.inf]
-STOP = []                                                   # Ctrl-C and SIGTERM are noted here, see launch
+Whole, Count = Annotated[int, 0, 2 ** 32 - 1], Annotated[int, 1, 2 ** 32 - 1]
+Share, Amount = Annotated[float, 0, 1], Annotated[float, 0, math.inf]
+STOP = []                                                   # Ctrl-C and SIGTERM are noted here, see note_stop
 
 
 class UserError(Exception):
@@ -638,19 +563,18 @@ class UserError(Exception):
 
 def parse_config(Config, argv=None):
     """Defaults < --preset < flags.  Every field is a flag, the comment beside it its help, its type what it may be."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=Config.__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=Config.__doc__, allow_abbrev=False)
     types = typing.get_type_hints(Config, include_extras=True)
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         many = isinstance(field.default, tuple)
-        kind = {"type": type(field.default[0] if many else field.default), "nargs": "+" if many else None}
+        allowed = {"type": type(field.default[0] if many else field.default), "nargs": "+" if many else None}
         if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+            allowed = {"action": argparse.BooleanOptionalAction}
         if typing.get_origin(types[field.name]) is Literal:
-            kind["choices"] = typing.get_args(types[field.name])
-        note = f"{notes[field.name]} (default {field.default})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), help=note, **kind)
+            allowed["choices"] = typing.get_args(types[field.name])
+        help = f"{notes[field.name]} (default {field.default})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **allowed)
     given = vars(parser.parse_args(argv))
     config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
     for name, value in vars(config).items():
@@ -692,38 +616,24 @@ def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return content | {"config": content["config"]}      # KeyError, TypeError: a torch file, but none of ours
+        return content | {"config": content["config"]}      # a KeyError or TypeError where it is not ours
     except Exception as error:                              # torch.load has no common class for broken files
         raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
-
-
-def seed_for(*numbers):
-    """One 32-bit seed from several integers.  hash() of integers is the same in every process, unlike that of text."""
-    return hash(numbers) % 2 ** 32
-
-
-def same_settings(old, config, where):
-    """UserError if `where` was made with settings that differ from config's and may not change."""
-    now = dataclasses.asdict(config)
-    for name in sorted(now.keys() - config.may_change):
-        if json.dumps(old.get(name)) != json.dumps(now[name]):              # as text: JSON has no tuples
-            raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {now[name]}: "
-                            "add --fresh to start over, or --out elsewhere")
 
 
 def surroundings(script):
     """Versions, hardware and git revision, so that a number can be traced to what made it."""
     command = ["git", "-C", str(script.resolve().parent), "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-            "threads": torch.get_num_threads(), "gpu": gpu, "revision": git.stdout.strip() if git else ""}
+    return {"script": script.name, "revision": revision, "torch": torch.__version__, "gpu": gpu,
+            "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
 
 
 class Run:
     """One run of a script: settings, device, processes, folder.  All training of a chapter goes through run.fit().
 
-    rank, world: which process this is, and of how many.  share: samples of a batch that it draws at a time.
+    rank, world: which process this is, and of how many.  share: how many samples of a batch it draws at a time.
     """
 
     def __init__(self, config, script):
@@ -738,34 +648,33 @@ class Run:
                             f"with --accumulate {config.accumulate}")
 
     def claim(self):
-        """Make the folder this run's own before anything is written there; UserError if it is another run's.
+        """Make the folder this run's own before the first file is written there; UserError if it is another run's.
 
-        fit() calls it: mistakes found before (no such data, ...) leave no file behind.
+        fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
-        record = self.folder / "run.json"
+        record, settings = self.folder / "run.json", dataclasses.asdict(self.config)
         if self.rank == 0 and not self.claimed:
-            old = self.read_settings(record)
+            try:
+                old = json.loads(record.read_text())["settings"] if record.exists() else None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{record} is another program's; choose another --out") from None
             if old and self.config.fresh:                   # only a folder that holds a run is ever deleted
                 shutil.rmtree(self.folder)
-                old = None
-            if old:
-                same_settings(old, self.config, self.folder)
-            elif self.folder.exists() and any(not path.name.startswith(".part-") for path in self.folder.iterdir()):
+            elif old:
+                self.compare(old, settings, self.folder)
+            elif self.folder.exists() and any(path.name != ".part-run.json" for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            else:
-                settings = {"script": self.script.name, "settings": dataclasses.asdict(self.config)}
-                save_json(record, settings | surroundings(self.script))
+            if not record.exists():
+                save_json(record, surroundings(self.script) | {"settings": settings})
         self.claimed = True
         self.wait()
 
-    def read_settings(self, record):
-        """The settings that run.json tells of, or None if there is none; UserError if another program wrote it."""
-        try:
-            return dict(json.loads(record.read_text())["settings"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"cannot use {record}, it is not ours; choose another --out") from None
+    def compare(self, old, new, where):
+        """UserError if `where` was made with other settings than the new ones, but for those that may change."""
+        for name, value in new.items():
+            if name not in self.config.may_change and json.dumps(old.get(name)) != json.dumps(value):
+                raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {value}: "
+                                "add --fresh to start over, or --out elsewhere")
 
     def wait(self):
         """A barrier between the processes of a torchrun."""
@@ -779,93 +688,61 @@ class Run:
         The log travels in the checkpoint, so that <name>.csv never tells of a step twice, whenever the run was killed.
         """
         self.claim()
-        config, path = dataclasses.replace(self.config, **changes), self.folder / f"{name}.pt"
+        config, path, last, log = dataclasses.replace(self.config, **changes), self.folder / f"{name}.pt", 0, []
+        settings = dataclasses.asdict(config) | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
-        progress = make_optimizer(model, config), EMA(model, config.ema_decay), 0
-        log = ["step,loss,samples_per_s"]
+        optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
         if path.exists():
-            progress, log = restore(path, config, model, progress)
-        optimizer, ema, last = progress
+            state = load_checkpoint(path, self.device)
+            self.compare(state["config"], settings, path)
+            model.load_state_dict(state["model"])
+            ema.model.load_state_dict(state.get("ema", state["model"]))
+            optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
+            last, log = state["step"], state["log"]
         total, clock = 0.0, time.perf_counter()
         with tqdm(total=config.steps, initial=last, desc=name, disable=None) as bar:
-            for step, loss, ema in train(model, loss_fn, config, stream, progress):
+            for step, loss, ema in train(model, loss_fn, config, stream, (optimizer, ema, last)):
                 total = total + loss
                 bar.update()
                 if step % config.log_every and step < config.steps and not (STOP and self.world == 1):
                     continue
-                loss, stop = self.mean(total / (step - last), bool(STOP))          # waits for the GPU
+                news = torch.stack([total / (step - last), torch.full_like(total, len(STOP))]) / self.world
+                if self.world > 1:
+                    dist.all_reduce(news)
+                loss, stop = news.tolist()                                         # waits for the GPU
                 if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
                     raise UserError(f"{name}: loss {loss} or weights not finite at step {step}; lower --lr, run again")
                 rate = config.batch * (step - last) / (time.perf_counter() - clock)
                 log.append(f"{step},{loss:.6g},{rate:.0f}")
+                state = {"model": ema.model.state_dict()}                          # finished: the average alone
+                if step < config.steps:
+                    state = {"model": model.state_dict(), "ema": state["model"], "optimizer": optimizer.state_dict()}
                 if self.rank == 0:
                     tqdm.write(f"{name:>14}  step {step:>7}  loss {loss:8.4f}  {rate:10.0f} samples/s")
-                    save_stage(path, config, log, model, (optimizer, ema, step))
+                    save_checkpoint(path, step=step, log=log, config=settings, **state)
+                    path.with_suffix(".csv").write_text("\n".join(["step,loss,samples_per_s", *log]) + "\n")
                 if stop:
                     raise KeyboardInterrupt
                 total, last, clock = 0.0, step, time.perf_counter()
         return ema.model
 
-    def mean(self, *numbers):
-        """The numbers as floats, averaged over the processes of a torchrun."""
-        numbers = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in numbers])
-        if self.world > 1:
-            dist.all_reduce(numbers)
-        return (numbers / self.world).tolist()
-
-
-def save_stage(path, config, log, model, progress):
-    """What a stage needs to go on; once it is finished, the averaged network alone.  And its log as a table."""
-    optimizer, ema, step = progress
-    content = {"model": ema.model.state_dict()}
-    if step < config.steps:
-        content = {"model": model.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_checkpoint(path, step=step, log=log, config=dataclasses.asdict(config), **content)
-    path.with_suffix(".csv").write_text("\n".join(log) + "\n")
-
-
-def restore(path, config, model, progress):
-    """Load what save_stage wrote into model, optimizer and average.  Returns progress and log as they were."""
-    optimizer, ema, _ = progress
-    state = load_checkpoint(path, next(model.parameters()).device)
-    same_settings(state["config"], config, path)
-    try:
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state.get("ema", state["model"]))
-        if state["step"] < config.steps:
-            optimizer.load_state_dict(state["optimizer"])
-        return (optimizer, ema, state["step"]), state["log"]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is of another stage or broken ({type(error).__name__}); delete it") from None
-
-
-def process():
-    """(rank, number of processes); (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def choose_device(name):
-    """cuda > mps > cpu, unless --device says otherwise; joins the other processes of a torchrun.  Returns torch.device."""
+    """The torch.device: cuda > mps > cpu, unless --device says otherwise.  Joins the other processes of a torchrun."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(n for n in has if has[n]) if name == "auto" else name
+    if name == "auto":
+        name = next(n for n in has if has[n])
     if not has[name]:
         raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
     torch.set_float32_matmul_precision("high")              # TF32; the one switch that torch.compile accepts everywhere
     torch.backends.cudnn.benchmark = name == "cuda"
-    device = torch.device(name)
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
     if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        day = datetime.timedelta(hours=24)                  # the others wait while rank 0 downloads or measures
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=day,
-                                device_id=device if name == "cuda" else None)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
+                                timeout=datetime.timedelta(hours=24))       # the others wait while rank 0 downloads
     return device
-
-
-def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
-    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
 def note_stop(number, frame):
@@ -877,6 +754,7 @@ def note_stop(number, frame):
 
 def launch(main, Config):
     """Entry point: a user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    STOP.clear()
     signal.signal(signal.SIGINT, note_stop)
     signal.signal(signal.SIGTERM, note_stop)
     try:

@@ -5,7 +5,9 @@ import csv
 import importlib.util
 import io
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,7 @@ def fixtures(name, tiny, figures, shorten=None):
 def call(script, *args, patch):
     """Act like the command line with a loaded script, in this process.  Returns the exit code."""
     patch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if hasattr(script, "command_line"):                 # chapter 5's has commands besides the training
             script.command_line()
@@ -113,6 +116,9 @@ def call(script, *args, patch):
             script.launch(script.main, script.Config)
     except SystemExit as stop:
         return stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -128,7 +134,7 @@ def copy_run(finished, cwd, *without):
 def one_line(err, *words):
     """The whole of standard error is one line of ours, which holds the words."""
     lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert len(lines) == 1 and re.match(r"([\w.]+: )?error: ", lines[0]), err      # argparse puts the script's name first
     for word in words:
         assert str(word) in lines[0], err
 
@@ -145,8 +151,10 @@ def same_weights(a, b, *names):
 
 
 def log_rows(folder, columns=2):
-    """The rows of metrics.csv below its head: stage and step (and loss, floor; the speed no two runs share)."""
-    return [tuple(row[:columns]) for row in csv.reader((folder / "metrics.csv").read_text().splitlines()[1:])]
+    """The rows of all logs of a run, by stage: its name and the step (and the loss; the speed no two runs share)."""
+    tables = {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.csv"))}
+    assert all(lines[0] == "step,loss,samples_per_s" for lines in tables.values())
+    return [(stage, *row)[:columns] for stage, lines in tables.items() for row in csv.reader(lines[1:])]
 
 
 def driver(name, *changes):
@@ -159,15 +167,18 @@ def driver(name, *changes):
     return "\n".join([*head, *changes, "chapter.launch(chapter.main, chapter.Config)", ""])
 
 
-def kill_after_row(stage, step):
-    """Change for `driver`: kill -9 between a log row and the checkpoint of the same step."""
+def kill_after_row(stage, step, when="before"):
+    """Change for `driver`: kill -9 right before (or after) the checkpoint of a stage's step is written."""
     return f"""
-inner_log_line = chapter.log_line
-def log_line(path, stage, step, *rest):
-    inner_log_line(path, stage, step, *rest)
-    if (stage, step) == ({stage!r}, {step}):
+inner_save_checkpoint = chapter.save_checkpoint
+def save_checkpoint(path, **content):
+    last = (path.stem, content.get("step")) == ({stage!r}, {step})
+    if last and {when == "before"}:
         os.kill(os.getpid(), signal.SIGKILL)
-chapter.log_line = log_line
+    inner_save_checkpoint(path, **content)
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+chapter.save_checkpoint = save_checkpoint
 """
 
 
@@ -176,7 +187,7 @@ def kill_in_shard(number):
     return f"""
 inner_replace, shards = os.replace, []
 def replace(part, path):
-    shards.extend([path] * str(path).endswith(".npy"))
+    shards.extend([path] * ("pairs" in path.parts))
     if len(shards) == {number}:
         os.truncate(part, 100)
         os.kill(os.getpid(), signal.SIGKILL)
