@@ -616,7 +616,7 @@ def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return content | {"config": content["config"]}      # a KeyError or TypeError where it is not ours
+        return {**content, "config": content["config"]}     # a TypeError or KeyError where it is not ours
     except Exception as error:                              # torch.load has no common class for broken files
         raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
 
@@ -719,8 +719,8 @@ class Run:
                     state = {"model": model.state_dict(), "ema": state["model"], "optimizer": optimizer.state_dict()}
                 if self.rank == 0:
                     tqdm.write(f"{name:>14}  step {step:>7}  loss {loss:8.4f}  {rate:10.0f} samples/s")
-                    save_checkpoint(path, step=step, log=log, config=settings, **state)
                     path.with_suffix(".csv").write_text("\n".join(["step,loss,samples_per_s", *log]) + "\n")
+                    save_checkpoint(path, step=step, log=log, config=settings, **state)
                 if stop:
                     raise KeyboardInterrupt
                 total, last, clock = 0.0, step, time.perf_counter()
