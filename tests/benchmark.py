@@ -201,7 +201,7 @@ def scripts_step(net, images, batch, device, compiled):
     config = replace(script.Config(), batch=batch, steps=10**9, compile=compiled)
     layout = torch.channels_last if device == "cuda" else torch.contiguous_format
     resident = images.to(place).contiguous(memory_format=layout)
-    loss_fn = script.pair_loss(script.draw_independent(resident, None, 0), config, place)
+    loss_fn = partial(script.pair_loss, draw=partial(script.draw_independent, resident, None), n=batch)
     loop = script.train(script.place(net, place), loss_fn, config)
     return lambda: next(loop)
 
