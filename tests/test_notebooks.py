@@ -36,6 +36,11 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def first_code_cell(path):
+    """The source of the cell that finds the scripts."""
+    return code_cells(read(path))[0].source
+
+
 def outputs(notebook):
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
@@ -122,17 +127,15 @@ def private(notebook):
     return found + [name for name in names for text in texts if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
 
 
-def bad_head(notebook, name):
-    """A badge that opens this very notebook, then the first code cell, which names the same repository."""
+def bad_head(notebook):
+    """The title, then the code cell that finds the scripts and is the same in all notebooks."""
     title, first = notebook.cells[:2]
-    repository = re.search(r'REPOSITORY = "https://github.com/([\w.-]+/[\w.-]+)"', first.source)
-    if title.cell_type != "markdown" or first.cell_type != "code" or not repository:
-        return ["does not begin with the badge and the cell that finds the scripts"]
-    link = f"https://colab.research.google.com/github/{repository[1]}/blob/main/notebooks/{name}"
-    return [] if f"]({link})" in title.source else [f"no badge for {link}"]
+    good = title.cell_type == "markdown" and title.source.startswith("# ") and first.cell_type == "code"
+    return [] if good and first.source == first_code_cell(NOTEBOOKS[0]) else ["want a title, then the common first cell"]
 
 
-CHECKS = {"form": bad_form, "code": bad_code, "parameters": bad_parameters, "outputs": bad_outputs, "private": private}
+CHECKS = {"form": bad_form, "code": bad_code, "parameters": bad_parameters, "outputs": bad_outputs, "private": private,
+          "head": bad_head}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -142,17 +145,19 @@ def test_committed(path, check):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_size_and_head(path):
+def test_size_and_name(path):
     assert path.stat().st_size <= MEGABYTE
-    notebook = read(path)
-    nbformat.validate(notebook)
-    assert bad_head(notebook, path.name) == []
+    nbformat.validate(read(path))
     assert (ROOT / f"{path.stem}.py").exists()             # a notebook is called as its script
 
 
-def test_first_code_cell_is_the_same_everywhere():
-    assert NOTEBOOKS
-    assert len({code_cells(read(path))[0].source for path in NOTEBOOKS}) == 1
+def test_the_address_stands_in_the_readme_alone():
+    """A fork changes it in the README's clone line and nowhere else."""
+    address = re.search(r"git clone https://github.com/([\w.-]+/[\w.-]+)", (ROOT / "README.md").read_text())[1]
+    paths = [*ROOT.glob("*"), *ROOT.glob("notebooks/**/*"), *ROOT.glob("tests/*"), *ROOT.glob(".ci/*")]
+    texts = [path for path in paths if path.is_file() and path.suffix in {".py", ".md", ".ipynb", ".txt", ".yml", ""}]
+    assert len(texts) > 30
+    assert [path for path in texts if address in path.read_text(encoding="utf-8")] == [ROOT / "README.md"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def test_runs_at_tiny_sizes(path, monkeypatch):
 @pytest.fixture
 def first_cell(tmp_path, monkeypatch):
     """run(folder, colab): the first code cell as in that folder.  Returns its names and the commands it would run."""
-    source = code_cells(read(NOTEBOOKS[0]))[0].source
+    source = first_code_cell(NOTEBOOKS[0])
 
     def run(folder, colab=False):
         commands, names = [], {}
@@ -209,9 +214,12 @@ def test_first_cell_elsewhere_says_what_to_do(first_cell, tmp_path):
         first_cell(tmp_path)
 
 
-def test_first_cell_clones_on_colab(first_cell, tmp_path):
+def test_first_cell_clones_on_colab(first_cell, tmp_path, monkeypatch):
+    address, questions = "https://example.org/somebody/flows", []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or address)
     names, (clone, install) = first_cell(tmp_path, colab=True)
-    assert clone[:2] == ["git", "clone"] and names["REPOSITORY"] in clone and clone[-1] == str(names["root"])
+    assert len(questions) == 1 and "README" in questions[0]
+    assert clone[:2] == ["git", "clone"] and address in clone and clone[-1] == str(names["root"])
     assert install[0] == sys.executable and os.path.join(clone[-1], "requirements.txt") in install
     assert sys.path[0] == str(names["root"]) == str(tmp_path / "rectified-flow")
 
@@ -260,8 +268,9 @@ def plant(check, change):
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", "/home/ada/flow/runs"))),
     (private, lambda nb, cell: cell.update(source="folder = 'C:\\\\Users\\\\ada'")),
     (private, lambda nb, cell: cell.outputs.append(stream("stdout", "on grace-hopper-7."))),
-    (lambda nb: bad_head(nb, NOTEBOOKS[0].name), lambda nb, cell: nb.cells[0].update(source="# No badge")),
-    (lambda nb: bad_head(nb, NOTEBOOKS[0].name), lambda nb, cell: nb.cells.pop(1)),
+    (bad_head, lambda nb, cell: nb.cells.pop(0)),
+    (bad_head, lambda nb, cell: nb.cells.pop(1)),
+    (bad_head, lambda nb, cell: nb.cells[1].update(source=nb.cells[1].source + "\nroot = Path.cwd()")),
 ])
 def test_checks_object(check, change, monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "grace-hopper-7")
