@@ -14,7 +14,7 @@ Reflow trains again on the flow's own endpoints (z0, z1 = ODE[v](z0)).  These pa
     python 01_rectified_flow.py --rounds 2 --seed 1 --out runs/mine
 
 You will see, in runs/01_rectified_flow/quick/: paths.png and flow.gif (the same noise under each flow, and after one
-Euler step of it), and a table: W2 to the data against steps, straightness, transport cost, the loss and its exact floor.
+Euler step of it), and a table: W2 to the data against steps, straightness, transport cost, loss and its exact floor.
 [Liu+22] Liu, Gong, Liu: Flow Straight and Fast, arXiv 2209.03003.
 """
 from __future__ import annotations
@@ -130,7 +130,8 @@ def main(config):
     """Algorithm 1 of [Liu+22]: fit a flow to noise and data; then, again and again, to the flow's own endpoints."""
     run = Run(config, __file__)
     torch.manual_seed(config.seed)
-    flow, flows = VelocityMLP(config.width, config.depth), []
+    flows = []
+    flow = VelocityMLP(config.width, config.depth)
     draw = partial(draw_independent, config.target, run.device)                 # 1-RF: noise and data drawn apart
     for k in range(1, config.rounds + 1):
         if k > 1:                                                               # reflow
@@ -168,7 +169,8 @@ def report(flows, run):
     x0, x1 = draw_independent(config.target, run.device, max(config.eval_size, config.w2_size))
     data = sample_target(config.target, config.w2_size, run.device)
     other = sample_target(config.target, config.w2_size, run.device)
-    floor, results = wasserstein2(data, other), []
+    floor = wasserstein2(data, other)
+    results = []
     for flow in flows:
         torch.manual_seed(config.seed)
         result, z1 = evaluate(flow, x0, x1, data)
@@ -398,7 +400,7 @@ def draw_paths(flows, data, run):
 
 
 def draw_panels(paths, data, folder):
-    """A panel for each of paths: name -> (frames, n, 2), all from the same n start points; half of them in the upper row.
+    """A panel for each of paths: name -> (frames, n, 2), from the same n start points; half of them in the upper row.
 
     A colour is the direction of a start point: where colours cross, paths cross.
     """
@@ -406,7 +408,7 @@ def draw_panels(paths, data, folder):
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.collections import LineCollection
     figure, axes = new_figure(len(paths) // 2, rows=2)
-    dots, lines = [], []
+    lines, dots = [], []
     for axis, (name, path) in zip(axes.flat, paths.items()):
         empty_panel(axis, name, data)
         angle = torch.atan2(path[0, :, 1], path[0, :, 0]) / (2 * math.pi) % 1
@@ -552,8 +554,10 @@ def process():
 # Plumbing: flags, device, files, stopping and going on.  Nothing here is about flows; the same text in all five files
 # ----------------------------------------------------------------------------------------------------------------------
 
-Whole, Count = Annotated[int, 0, 2 ** 32 - 1], Annotated[int, 1, 2 ** 32 - 1]
-Share, Amount = Annotated[float, 0, 1], Annotated[float, 0, math.inf]
+Whole = Annotated[int, 0, 2 ** 32 - 1]                      # types of settings, with what they may be
+Count = Annotated[int, 1, 2 ** 32 - 1]
+Share = Annotated[float, 0, 1]
+Amount = Annotated[float, 0, math.inf]
 STOP = []                                                   # Ctrl-C and SIGTERM are noted here, see note_stop
 
 
@@ -625,9 +629,9 @@ def surroundings(script):
     """Versions, hardware and git revision, so that a number can be traced to what made it."""
     command = ["git", "-C", str(script.resolve().parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"script": script.name, "revision": revision, "torch": torch.__version__, "gpu": gpu,
-            "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
+    return {"script": script.name, "revision": revision, "torch": torch.__version__, "system": platform.platform(),
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 class Run:
@@ -637,8 +641,10 @@ class Run:
     """
 
     def __init__(self, config, script):
-        self.config, self.script, self.claimed = config, Path(script), False
         self.started = time.perf_counter()
+        self.config = config
+        self.script = Path(script)
+        self.claimed = False
         self.device = choose_device(config.device)
         self.rank, self.world = process()
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
@@ -652,7 +658,8 @@ class Run:
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
-        record, settings = self.folder / "run.json", dataclasses.asdict(self.config)
+        record = self.folder / "run.json"
+        settings = dataclasses.asdict(self.config)
         if self.rank == 0 and not self.claimed:
             try:
                 old = json.loads(record.read_text())["settings"] if record.exists() else None
@@ -688,10 +695,12 @@ class Run:
         The log travels in the checkpoint, so that <name>.csv never tells of a step twice, whenever the run was killed.
         """
         self.claim()
-        config, path, last, log = dataclasses.replace(self.config, **changes), self.folder / f"{name}.pt", 0, []
+        config = dataclasses.replace(self.config, **changes)
+        path = self.folder / f"{name}.pt"
         settings = dataclasses.asdict(config) | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
         optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
+        last, log = 0, []
         if path.exists():
             state = load_checkpoint(path, self.device)
             self.compare(state["config"], settings, path)

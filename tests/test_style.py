@@ -1,4 +1,4 @@
-"""The scripts stay readable: one short training loop, short functions, docstrings, sections in the same order.
+"""The scripts stay readable: the idea first, one short training loop, short functions, docstrings, few lines.
 
 Each check takes a Script and returns what is wrong with it as a list of lines; the second half proves that each of
 them objects when it should.
@@ -16,14 +16,17 @@ import tokenize
 
 import pytest
 from conftest import ROOT
-from sync_copies import definitions, scripts
+from sync_copies import scripts
 
-SECTIONS = ["Config", "The method", "Training", "Sampling and metrics", "Data", "Network", "Figures", "Plumbing",
-            "Main"]
+SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
+# Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
+SIZES = {"01": (760, 760, 200), "02": (950, 580, 320), "03": (1250, 520, 320), "04": (1250, 520, 320),
+         "05": (2000, 1450, 2000)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
 IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from_file_location", "exec"}
 LOOP_LINES, FUNCTION_LINES, METHOD_LINES, MEDIAN_LINES, LINE_LENGTH = 30, 60, 20, 15, 120
+PARAMETERS, CROWDED = 5, 10     # of a function; lines of a script that hold more than one statement
 DENSITY = (0.20, 0.35)      # lines with a comment or docstring / lines that are not blank
 RULER = re.compile(r"# -{20,}")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -67,14 +70,19 @@ class Script:
         """Line numbers of a section: from its banner to the next one."""
         starts = self.banners() + [(len(self.lines) + 1, "")]
         for (number, text), (following, _) in zip(starts, starts[1:]):
-            if section_name(text) == name:
+            if begins_with(text, name):
                 return range(number, following)
         return range(0)
 
+    def own_lines(self):
+        """Number of lines above the first block of copies."""
+        regions = [number for number, text in self.banners() if text.startswith("region ")]
+        return min(regions, default=len(self.lines)) - 2
 
-def section_name(banner):
-    """'Plumbing (copied from chapter 1)' -> 'Plumbing'; None if it starts like no section."""
-    return next((name for name in SECTIONS if re.match(re.escape(name) + r"(?!\w)", banner)), None)
+
+def begins_with(banner, name):
+    """Whether a banner is of this section: 'Settings: every field is a flag' is of 'Settings'."""
+    return re.match(re.escape(name) + r"(?!\w)", banner) is not None
 
 
 def backward_calls(node):
@@ -129,10 +137,50 @@ def public_docstrings(script):
 
 
 def sections_in_order(script):
-    names = [(number, text, section_name(text)) for number, text in script.banners()]
-    found = [f"line {number}: '{text}' is no section of {SECTIONS}" for number, text, name in names if not name]
-    present = [name for _, _, name in names if name]
-    return found + ([f"the sections are {present}, expected {SECTIONS}"] if present != SECTIONS else [])
+    """The method, the settings, the experiment: the first code of a script, in this order."""
+    first = [text for _, text in script.banners()][:len(SECTIONS)]
+    if len(first) < len(SECTIONS) or not all(map(begins_with, first, SECTIONS)):
+        return [f"the sections begin {first}, expected {SECTIONS}"]
+    above = range(1, script.banners()[0][0])
+    early = [node.name for node in script.tree.body if isinstance(node, FUNCTIONS + (ast.ClassDef,))
+             and node.lineno in above]
+    main = [node.lineno in script.section("The experiment") for node in script.functions if node.name == "main"]
+    return [f"{name} stands above the method" for name in early] + \
+        ([] if main == [True] else ["main does not stand in the experiment"])
+
+
+def sizes(script):
+    """Lines of the whole script and of its own part, and where main ends."""
+    total, own, main_ends = SIZES.get(script.name[:2], SIZES["01"])
+    end = max([node.end_lineno for node in script.functions if node.name == "main"], default=0)
+    measured = {"lines": (len(script.lines) - 1, total), "own lines": (script.own_lines(), own),
+                "lines before main ends": (end, main_ends)}
+    return [f"{number} {what}, at most {most}" for what, (number, most) in measured.items() if number > most]
+
+
+def few_parameters(script):
+    """No function has more than five parameters; a network's constructor may, each with a default to start from."""
+    found = []
+    for node in script.functions:
+        arguments = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg != "self"]
+        if len(arguments) > PARAMETERS and node.name != "__init__":
+            found.append(f"{node.name} has {len(arguments)} parameters, at most {PARAMETERS}")
+    return found
+
+
+def unrelated(node):
+    """Whether an assignment gives several names values of their own, as in `a, b = 1, 2`."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+
+
+def one_statement_a_line(script):
+    """Few lines hold two statements, or a tuple of values that have nothing to do with each other."""
+    statements = [node for node in ast.walk(script.tree) if isinstance(node, ast.stmt)]
+    firsts = [node.lineno for node in statements]
+    crowded = {node.lineno for node in statements if unrelated(node) or firsts.count(node.lineno) > 1}
+    if len(crowded) <= CROWDED:
+        return []
+    return [f"{len(crowded)} lines of several statements, at most {CROWDED}: {sorted(crowded)}"]
 
 
 def imports_only_what_is_installed(script):
@@ -191,13 +239,18 @@ def import_does_nothing(script, folder):
 
 def same_loop_everywhere(root):
     """The text of `train` is the same in every script below root."""
-    texts = {path.name: definitions(path)["train"].text for path in scripts(root) if "train" in definitions(path)}
+    texts = {}
+    for path in scripts(root):
+        script = Script(path)
+        for node in script.functions:
+            if node.name == "train":
+                texts[path.name] = ast.get_source_segment(script.text, node)
     first = next(iter(texts), None)
     return [f"{name}: train differs from {first}" for name in texts if texts[name] != texts[first]]
 
 
 CHECKS = [one_short_training_loop, short_functions, short_method, prose_density, public_docstrings, sections_in_order,
-          imports_only_what_is_installed, imports_no_other_script, line_length]
+          sizes, few_parameters, one_statement_a_line, imports_only_what_is_installed, imports_no_other_script, line_length]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -220,13 +273,14 @@ def test_the_training_loop_is_the_same_text_in_all_scripts():
 # The checks themselves, tried on a toy script that passes and on edits of it that must not.
 
 GOOD = '"""A toy script.\n\nIt obeys every rule.\n"""\nimport os\nimport torch.nn\n' + "".join(
-    f"# {'-' * 116}\n# {name}\n# {'-' * 116}\n" + {
+    f"# {'-' * 118}\n# {name}\n# {'-' * 118}\n" + {
         "The method": 'def method(x):\n    """The idea."""\n    return x\n',
+        "The experiment": 'def main(config):\n    """All of it."""\n    x, y = config\n    return y\n',
         "Training": 'def train(model):\n    """The loop."""\n    for step in range(3):\n'
                     '        model(step).backward()     # the gradient\n        yield step\n',
         "Plumbing": 'def _hidden(x):\n    y = x\n    z = y\n    a = z\n    b = a\n    c = b\n    return c\n',
-        "Main": "".join(f"number_{i} = {i}\n" for i in range(60)),
-    }.get(name, "") for name in SECTIONS)
+        "Numbers": "".join(f"number_{i} = {i}\n" for i in range(60)),
+    }.get(name, "") for name in [*SECTIONS, "Training", "Plumbing", "Numbers"])
 
 
 def toy(folder, old="", new="", name="01_toy.py"):
@@ -258,15 +312,23 @@ def test_a_good_script_passes(tmp_path, check):
     (short_functions, LOOP, LOOP + statements(60), "train has 65 lines"),
     (short_method, "    return x\n", statements(19) + "    return x\n", "method in 'The method' has 21 lines"),
     (short_method, "# The method\n", "# Data\n", "no function"),
+    (sizes, "number_0", statements(700, 0) + "number_0", "lines, at most"),
+    (sizes, "number_0", f"def main():\n    pass\n{statements(200)}number_0", "lines before main ends"),
+    (few_parameters, "def _hidden(x)", "def _hidden(x, a, b, c, *, d, e)", "_hidden has 6 parameters"),
+    (few_parameters, "number_0", "class A:\n    def f(self, a, b, c, d, e, f): pass\nnumber_0", "f has 6 parameters"),
+    (one_statement_a_line, "number_0", "a, b = 1, 2\n" * 11 + "number_0", "11 lines of several statements"),
+    (one_statement_a_line, "number_0", "a = 1; b = 2\n" * 11 + "number_0", "11 lines of several statements"),
+    (one_statement_a_line, "number_0", "if a: b = 2\n" * 11 + "number_0", "11 lines of several statements"),
     (prose_density, "number_0", "# prose\n" * 40 + "number_0", "wanted"),
     (prose_density, "number_0", statements(120, 0) + "number_0", "wanted"),
     (public_docstrings, '    """The idea."""\n', "", "method has no docstring"),
     (public_docstrings, "number_0 = 0", "class Thing:\n    size = 1", "Thing has no docstring"),
     (public_docstrings, '"""A toy script.\n\nIt obeys every rule.\n"""\n', "", "script has no docstring"),
-    (sections_in_order, "# Training\n", "# Tricks\n", "'Tricks' is no section"),
-    (sections_in_order, "# Training\n", "# Data\n", "expected"),
-    (sections_in_order, "# Main\n", "# Mainly\n", "'Mainly' is no section"),
-    (sections_in_order, "# Figures\n", "\n", "expected"),
+    (sections_in_order, "# The method\n", "# The methods\n", "expected"),
+    (sections_in_order, "# Settings\n", "\n", "expected"),
+    (sections_in_order, "# Settings\n", "# Data\n", "expected"),
+    (sections_in_order, "import os", "def early():\n    pass", "early stands above the method"),
+    (sections_in_order, "def main", "def mainly", "main does not stand"),
     (imports_only_what_is_installed, "import os", "import wandb", "imports wandb"),
     (imports_only_what_is_installed, "    return c", "    from diffusers.models import UNet", "imports diffusers"),
     (imports_only_what_is_installed, "import os", "from . import helper", "imports ."),
@@ -280,12 +342,16 @@ def test_each_check_objects(tmp_path, check, old, new, words):
 
 
 def test_a_long_median_function_is_an_objection(tmp_path):
-    script = toy(tmp_path, "number_0", "".join(f"def f{i}(x):\n{statements(14)}" for i in range(4)) + "number_0")
+    script = toy(tmp_path, "number_0", "".join(f"def f{i}(x):\n{statements(14)}" for i in range(5)) + "number_0")
     assert "median function has 15" in short_functions(script)[0]
 
 
 def test_a_banner_may_say_more_than_its_name(tmp_path):
-    assert sections_in_order(toy(tmp_path, "# Plumbing\n", "# Plumbing (copied from 01_toy.py)\n")) == []
+    assert sections_in_order(toy(tmp_path, "# Settings\n", "# Settings: every field is a flag\n")) == []
+
+
+def test_own_lines_end_at_the_first_block_of_copies(tmp_path):
+    assert toy(tmp_path, "# Plumbing\n", "# region Copied from 01_toy.py\n").own_lines() < toy(tmp_path).own_lines()
 
 
 @pytest.mark.parametrize("line, words", [
