@@ -23,6 +23,7 @@ import torch
 from conftest import (ROOT, call, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, run_script,
                       same_weights, torchrun, weights)
 from PIL import Image
+from sync_copies import scripts
 
 NAME = "01_rectified_flow"
 chapter = load(NAME)
@@ -484,6 +485,37 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(finished, run, her
     assert (folder / "1-rf.pt").read_bytes() == before and not leftovers(here)
     assert run(*TINY)[0] == 0
     assert same_weights(folder, finished.folder, "1-rf", "2-rf")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The compiler
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMPILES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from conftest import load
+chapter, calls = load(sys.argv[2]), []
+class Network:                                      # what compile_network looks at, on a GPU that need not be there
+    def parameters(self):
+        yield type("Parameter", (), {"device": torch.device("cuda", 0)})
+    def compile(self, **options):
+        import torch._inductor.config
+        calls.append((options, getattr(torch._inductor.config.triton, "mix_order_reduction", False)))
+chapter.compile_network(Network(), chapter.Config(compile=False))
+assert calls == [], calls
+chapter.compile_network(Network(), chapter.Config())
+assert calls == [({"dynamic": False}, False)], calls
+"""
+
+
+@pytest.mark.parametrize("name", [path.stem for path in scripts(ROOT)])
+def test_the_compilers_wrong_gradients_are_switched_off(tmp_path, name):
+    """Where inductor has the setting, whoever imported it before: the value it uses when it compiles is False."""
+    result = subprocess.run([sys.executable, "-c", COMPILES, ROOT / "tests", name], cwd=tmp_path, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
