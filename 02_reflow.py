@@ -24,7 +24,6 @@ import dataclasses
 import datetime
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -51,7 +50,6 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from scipy.integrate import solve_ivp
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,15 +66,14 @@ def draw_independent(images, labels, n):
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
     x1 = torch.where(torch.rand(n, 1, 1, 1, device=x1.device) < 0.5, x1.flip(3), x1)
-    x0 = torch.randn_like(x1)
-    return x0, x1, None if labels is None else labels[index]
+    return torch.randn_like(x1), x1, None if labels is None else labels[index]
 
 
 # Differs from 01_rectified_flow.py: a pair has a number, which tells its noise and its class
 def make_pairs(velocity, seed, index, config):
-    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22] for the pairs of these numbers.  index: (B,).
+    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these numbers.  index: (B,).
 
-    z0 is a function of seed and number: no process has to keep it, and any can have it again.
+    z0 is a function of seed and number: nobody has to store it, and every process can have it again.
     """
     z0 = pair_noise(seed, index, velocity.shape)
     return z0, sample(velocity, z0, index, config.pair_steps, config.pair_solver)
@@ -86,21 +83,15 @@ def make_pairs(velocity, seed, index, config):
 def draw_stored(z1, seed, classes, n):
     """A reflow round's coupling: one number picks both ends.  z1: bytes (N, C, H, W) of make_pairs with this seed."""
     index = torch.randint(len(z1), (n,), device=z1.device)
-    x1 = to_floats(z1[index])
-    x0 = pair_noise(seed, index, x1.shape[1:]).to(x1)
-    return x0, x1, label_of(index, classes)
-
-
-def label_of(index, classes):
-    """The class of pair i is i modulo the number of classes; None if there are no classes."""
-    return index % classes if classes else None
+    x0 = pair_noise(seed, index, z1.shape[1:])
+    return x0, to_floats(z1[index]), index % classes if classes else None
 
 
 # Differs from 01_rectified_flow.py: a batch may carry class labels
 def pair_loss(model, ema, step, draw, n):
-    """E |x1 - x0 - v(x_t, t)|^2 at x_t = (1 - t) x0 + t x1, t ~ U[0, 1] [Liu+22 eq. 1]: the loss of every round.
+    """|x1 - x0 - v(x_t, t)|^2 at x_t = (1 - t) x0 + t x1, t ~ U[0, 1] [Liu+22 eq. 1].  Returns (n,).
 
-    draw: n -> x0, x1 (n, C, H, W), labels (n,) or None.  Returns (n,).  The rounds differ in nothing but their pairs.
+    The loss of every round: rounds differ in draw alone, which is n -> x0, x1 (n, C, H, W), labels (n,) or None.
     """
     x0, x1, labels = draw(n)
     t = torch.rand(n, device=x0.device)
@@ -131,7 +122,7 @@ class Config:
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
     pairs: Count = 4096                                     # pairs (z0, z1) made for a reflow round
     pair_solver: Literal["euler", "heun", "rk45"] = "heun"  # ODE solver that makes pairs
-    pair_steps: Count = 5                                   # its steps (heun: 2 evaluations each; rk45: see digits)
+    pair_steps: Count = 5                                   # its steps; rk45: digits of its tolerance
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
     mult: Annotated[tuple, 1, 64] = (1, 1, 1)               # width of each level, in multiples of channels
@@ -196,19 +187,18 @@ def main(config):
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store their z1 as bytes, config.shard of them in a file.
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file.
 
-    Each process makes every world-th file, whole or not at all, and leaves alone what is there: a run that was killed
-    loses at most the file in hand.
+    Each process makes every world-th file.  What exists is left alone: a killed run loses the file in hand.
     """
     run.claim()
-    config = run.config
+    config, seed = run.config, seed_for(run.config.seed, stream)
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
     for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
-        path = shard_path(run, name, i)
+        path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():
             continue
-        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
+        _, z1 = make_pairs(velocity, seed, shards[i], config)
         if not z1.isfinite().all():                         # as bytes nobody would notice
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
@@ -217,31 +207,24 @@ def write_pairs(run, name, velocity, stream):
     run.wait()
 
 
-def shard_path(run, name, i):
-    """Where shard i of the pairs lies."""
-    return run.folder / "pairs" / name / f"{i:05d}.pt"
-
-
 def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: bytes (N, C, H, W) on the device."""
     count = math.ceil(run.config.pairs / run.config.shard)
-    shards = [load_checkpoint(shard_path(run, name, i), run.device)["z1"] for i in range(count)]
-    return to_device(torch.cat(shards), run.device)
+    paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
+    return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
 
 
 def load_flow(path, run, channels, classes):
-    """A finished network of ours, of this or another run.  UserError if this run's settings make another network."""
-    content = load_checkpoint(path)
-    if not isinstance(content["config"], dict) or "optimizer" in content:
-        raise UserError(f"{path} is no finished network of these scripts")
-    for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
-        theirs, ours = content["config"].get(name), getattr(run.config, name)
-        if json.dumps(theirs) != json.dumps(ours):
-            raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
+    """A finished network of this or another run.  UserError if this run's settings make another network."""
     flow = Flow(run.config, channels, classes)
+    content = load_checkpoint(path)
     try:
+        for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
+            theirs, ours = content["config"][name], getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):
+                raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
 
@@ -254,8 +237,7 @@ def report(flows, images, features, label, run):
     for k, flow in enumerate(flows, 1):
         result, pictures = evaluate(Velocity(flow, run.config), real, features, run)
         results.append(result)
-        for name, row in pictures.items():
-            strips[f"{k}-RF, {name}"] = row
+        strips |= {f"{k}-RF, {name}": row for name, row in pictures.items()}
     save_json(run.folder / "results.json", {"distance": label, "samples": run.config.eval_size, "rounds": results})
     print_table(results, label)
     draw_samples(strips, run.folder / "samples.png")
@@ -265,10 +247,7 @@ def report(flows, images, features, label, run):
 
 # Differs from 01_rectified_flow.py: no closed form to compare with
 def evaluate(velocity, real, features, run):
-    """Frechet distance after 1, 2, 4, 8 Euler steps and by rk45, and straightness, all from the same noises.
-
-    real: moments of the training set's features.  Returns a dict of numbers, and a dict of samples for the figure.
-    """
+    """Numbers of one flow, and pictures for the figure.  real: moments of the training set's features."""
     result, pictures = {"FD": {}, "NFE": {}}, {}
     for steps, method in [(1, "euler"), (2, "euler"), (4, "euler"), (8, "euler"), (run.config.digits, "rk45")]:
         name = f"N = {steps}" if method == "euler" else method
@@ -277,7 +256,8 @@ def evaluate(velocity, real, features, run):
         pictures[name] = images[:12]
     index = torch.arange(min(256, run.config.eval_size), device=run.device)
     x0 = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
-    by_time = straightness_by_time(partial(velocity, labels=label_of(index, velocity.classes)), x0, 10)
+    flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
+    by_time = straightness_by_time(flow, x0, 10)
     return result | {"S": by_time.mean().item(), "S_by_t": by_time.tolist()}, pictures
 
 
@@ -301,10 +281,10 @@ class Velocity:
 
     def __init__(self, flow, config):
         compile_network(flow, config)
-        self.flow, self.classes, self.shape = flow, flow.model.classes, flow.model.shape
-        self.evaluations = 0
-        device = next(flow.parameters()).device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        kind = next(flow.parameters()).device.type
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+        self.flow, self.evaluations = flow, 0
+        self.shape, self.classes = flow.model.shape, flow.model.classes
 
     @torch.no_grad()
     def __call__(self, x, t, labels=None):
@@ -314,18 +294,18 @@ class Velocity:
 
 
 def sample(velocity, z0, index, steps, method="euler"):
-    """Where the flow carries z0 (B, C, H, W), the noise of the pairs with these numbers.
+    """Where the flow carries z0 (B, C, H, W) of the pairs of these numbers: pair i has label i modulo the classes.
 
     method: euler or heun in so many steps; rk45 chooses its steps, to a tolerance of 10^-steps.
     """
-    flow = partial(velocity, labels=label_of(index, velocity.classes))
+    flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
     if method == "rk45":
         return integrate_adaptive(flow, z0, 10.0 ** -steps)
     return integrate(flow, z0, steps, method)[-1]
 
 
 def integrate_adaptive(velocity, x0, tolerance=1e-5):
-    """Where dz = v(z, t) dt ends at t = 1, by scipy's Dormand-Prince 5(4); the batch is one state, as in [Liu+22]."""
+    """Where dz = v(z, t) dt carries x0, by scipy's Dormand-Prince 5(4); the batch is one state, as in [Liu+22]."""
     def slope(t, flat):                                     # scipy wants one flat float64 vector
         z = torch.as_tensor(flat, dtype=x0.dtype).to(x0.device).reshape(x0.shape)
         return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
@@ -336,29 +316,25 @@ def integrate_adaptive(velocity, x0, tolerance=1e-5):
 
 
 def generate(velocity, run, steps, method="euler"):
-    """config.eval_size samples in [-1, 1] from the same noises for every network and solver; and the evaluations used.
-
-    Returns (N, C, H, W) on the CPU and the mean number of network evaluations of a batch.
-    """
-    noise_seed = seed_for(run.config.seed, 999)             # the pairs use other seeds, so these noises are new
+    """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, and the evaluations that a batch of them took."""
+    seed = seed_for(run.config.seed, 999)                   # new noises, the same for every network and solver
     before, images = velocity.evaluations, []
     for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
-        z0 = pair_noise(noise_seed, index, velocity.shape)
+        z0 = pair_noise(seed, index, velocity.shape)
         images.append(sample(velocity, z0, index, steps, method).cpu())
     return torch.cat(images).clamp(-1, 1), (velocity.evaluations - before) / len(images)
 
 
 def straightness_by_time(velocity, x0, steps):
-    """The integrand of straightness, E |(z1 - z0) - v(z_t, t)|^2, in the middle of every step.  Returns (steps,)."""
+    """The integrand of S = int_0^1 E |(z1 - z0) - v(z_t, t)|^2 dt in the middle of every step.  Returns (steps,)."""
     path = integrate(velocity, x0, steps, "heun")
     return (path.diff(dim=0) * steps - (path[-1] - path[0])).square().flatten(2).sum(2).mean(1)
 
 
 class RandomFeatures(nn.Module):
-    """Seeded random convolutional features (not FID): images (B, 3, S, S) in [-1, 1] -> features (B, 96).
+    """Features (B, 96) of images (B, 3, S, S) in [-1, 1] by seeded random convolutions, each at half the resolution.
 
-    Four untrained 3x3 convolutions, each at half the resolution of the one before; the mean and standard deviation
-    of every channel.  They rank samples of one data set; the numbers mean nothing beside anybody else's FID.
+    They rank samples of one data set; the numbers mean nothing beside anybody's FID.
     """
 
     def __init__(self, channels=12, scales=4, seed=0):
@@ -386,23 +362,19 @@ def moments(features):
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must be (N, F) with N >= 2, got {tuple(features.shape)}")
     features = features.cpu().double()                      # the CPU first: MPS has no float64
-    centred = features - features.mean(0)
-    return features.mean(0), centred.T @ centred / (len(features) - 1)
-
-
-def square_root(cov):
-    """Of a symmetric matrix; eigenvalues that rounding made negative are zeros."""
-    values, vectors = torch.linalg.eigh(cov)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return features.mean(0), features.T.cov()
 
 
 def frechet_from_moments(mean_a, cov_a, mean_b, cov_b):
     """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): squared Wasserstein-2 of two Gaussians."""
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()
     if not distance.isfinite():                             # a diverged network has no distance; eigh would raise
-        return float("inf")
-    # tr (cov_a cov_b)^(1/2) is the sum of the singular values of cov_a^(1/2) cov_b^(1/2): never complex, never singular
-    distance -= 2 * torch.linalg.svdvals(square_root(cov_a) @ square_root(cov_b)).sum()
+        return math.inf
+    roots = []
+    for cov in (cov_a, cov_b):                              # cov = root root^T; what rounding made negative is zero
+        values, vectors = torch.linalg.eigh(cov)
+        roots.append(vectors * values.clamp(min=0).sqrt())
+    distance -= 2 * torch.linalg.svdvals(roots[0].T @ roots[1]).sum()       # = tr (cov_a cov_b)^(1/2), never complex
     return max(distance.item(), 0.0)                        # equal inputs may land at -1e-15
 
 
@@ -426,8 +398,8 @@ def choose_features(run):
     """The feature network of the Frechet distance and its honest name."""
     if run.config.fid:
         return inception_features(run), f"FID ({run.config.eval_size} samples, training-set statistics)"
-    label = f"Frechet distance of seeded random features, {run.config.eval_size} samples"
-    return RandomFeatures().to(run.device), label
+    name = f"Frechet distance of seeded random features, {run.config.eval_size} samples"
+    return RandomFeatures().to(run.device), name
 
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -437,17 +409,13 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 def inception_features(run):
     """The network of the original FID as a function: images (B, 3, S, S) in [-1, 1] -> features (B, 2048)."""
     path = Path(run.config.data_dir) / Path(INCEPTION_URL).name
-    try:
-        if run.config.download and run.rank == 0 and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256)
-        run.wait()
-        program = path.read_bytes()
-    except (OSError, RuntimeError) as error:                # no file, no network, a wrong sha256
-        raise UserError(f"no Inception network ({error}): pass --download, or save {INCEPTION_URL} as {path}") from None
-    if hashlib.sha256(program).hexdigest() != INCEPTION_SHA256:                 # before loading it: it is a program
-        raise UserError(f"{path} is broken or another file (wrong sha256): delete it and pass --download")
-    return partial(call_inception, torch.jit.load(io.BytesIO(program), map_location=run.device).eval())
+    if run.config.download and run.rank == 0 and not path.exists():
+        with replacing(path) as part:
+            torch.hub.download_url_to_file(INCEPTION_URL, part)
+    run.wait()
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
+        raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
+    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
 
 
 @torch.no_grad()
@@ -512,21 +480,20 @@ def shapes(n, size=32, seed=0):
     kind = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
-    front = torch.tensor(list(COLOURS.values())).float()[colour][..., None, None]          # (n, 3, 1, 1)
-    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground][..., None, None]
-    r = ((size - 2) * (0.28 + 0.17 * u[:, 3]))[:, None, None]              # half the shape's width, in pixels
-    cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]                  # a pixel of background on every side
-    cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
-    pixel = torch.arange(size) + 0.5                                       # pixel centres
+    r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
+    cx, cy = (1 + r + (size - 2 - 2 * r) * u[:, i, None, None] for i in (4, 5))     # at least a pixel of background
+    front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
+    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
+    pixel = torch.arange(size) + 0.5                        # pixel centres
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for rows in torch.arange(n).split(4096):                               # bounds the memory
-        distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])  # (4, rows, size, size)
-        distance = distances[kind[rows], torch.arange(len(rows))]
-        cover = (0.5 - distance).clamp(0, 1)[:, None]                      # share of the pixel inside: anti-aliasing
+    for rows in torch.arange(n).split(4096):                # bounds the memory
+        distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])   # (4, rows, size, size)
+        distance = distances[kind[rows], torch.arange(len(rows)), None]
+        cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
         images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    colours, grounds = list(COLOURS), list(BACKGROUNDS)
+    names, grounds = list(COLOURS), list(BACKGROUNDS)
     words = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in words]
+    return images, kind, [f"a {names[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in words]
 
 
 def load_data(run):
@@ -534,10 +501,8 @@ def load_data(run):
     config = run.config
     if config.data == "shapes":
         images, labels, _ = shapes(config.data_size, config.image_size, config.seed)
-        return images, labels, list(SHAPES)
-    if config.data == "cifar10":
-        return load_cifar10(run)
-    return load_folder(config.data, config.image_size, run)
+        return images, labels, SHAPES
+    return load_cifar10(run) if config.data == "cifar10" else load_folder(run)
 
 
 def load_cifar10(run):
@@ -548,35 +513,31 @@ def load_cifar10(run):
             torchvision.datasets.CIFAR10(folder, download=True)
         run.wait()
         data = torchvision.datasets.CIFAR10(folder)
-    except (OSError, RuntimeError) as error:                # RuntimeError: torchvision's word for missing or broken
-        raise UserError(f"no CIFAR-10 in {Path(folder).resolve()} ({error}): --download fetches it, 170 MB") from None
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    if size != 32:
-        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-    return images, torch.tensor(data.targets), list(data.classes)
+    except RuntimeError as error:                           # torchvision's word for missing or broken files
+        raise UserError(f"no CIFAR-10 in {folder} ({error}): pass --download to fetch it (170 MB)") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).contiguous()
+    return images, torch.tensor(data.targets), data.classes
 
 
-def load_folder(folder, size, run):
+def load_folder(run):
     """Images in class sub-folders (torchvision's ImageFolder), or in the folder itself: then they are one class."""
-    root = Path(folder).resolve()
-    if not root.is_dir():
-        raise UserError(f"--data {folder}: no such folder (give shapes, cifar10, or a folder of class sub-folders)")
+    root = Path(run.config.data).resolve()
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    parent, names = (root, names) if names else (root.parent, [root.name])
+    if not names:
+        root, names = root.parent, [root.name]
     numbers = {name: i for i, name in enumerate(names)}
-    files = torchvision.datasets.folder.make_dataset(parent, numbers, is_valid_file=os.path.isfile, allow_empty=True)
+    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile)
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
-        jobs = pool.imap(partial(decode, size=size), [path for path, _ in files], chunksize=32)
-        images = list(tqdm(jobs, f"reading {folder}", len(files), disable=None, leave=False))
-    skipped = [path for (path, _), image in zip(files, images) if image is None]
-    if skipped and run.rank == 0:
-        more = ", ..." if len(skipped) > 3 else ""
-        print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:3])}{more}", file=sys.stderr)
-    labels = torch.tensor([number for (_, number), image in zip(files, images) if image is not None])
-    if len(labels) < 2:
-        raise UserError(f"--data {folder}: {len(labels)} readable images are no distribution; give at least two")
-    used, labels = labels.unique(return_inverse=True)       # a class without a readable image is none
-    return torch.stack([image for image in images if image is not None]), labels, [names[i] for i in used]
+        jobs = pool.imap(partial(decode, size=run.config.image_size), [path for path, _ in files], chunksize=32)
+        images = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
+    good = [i for i, image in enumerate(images) if image is not None]
+    bad = [path for (path, _), image in zip(files, images) if image is None]
+    if bad and run.rank == 0:
+        print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
+    if len(good) < 2:
+        raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
+    return torch.stack([images[i] for i in good]), torch.tensor([files[i][1] for i in good]), names
 
 
 def decode(path, size):
@@ -590,7 +551,8 @@ def decode(path, size):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # the central square
+            return torchvision.transforms.functional.pil_to_tensor(image)
     except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
         return None
 
@@ -651,10 +613,7 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention.
-
-    1/sqrt(2) keeps the variance at one, however many blocks are stacked (Song et al. 2021, appendix H).
-    """
+    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
@@ -676,7 +635,7 @@ class UNetBlock(nn.Module):
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = h + self.affine(emb)[:, :, None, None]          # how noisy is x: one shift per channel
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
-        x = (h + self.skip(self.resample(x))) * 0.5**0.5
+        x = (h + self.skip(self.resample(x))) * 0.5**0.5    # keeps the variance at one
         return (x + self.attend(x)) * 0.5**0.5 if self.attention else x
 
     def attend(self, x):
@@ -693,15 +652,15 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
         super().__init__()
-        least = 2 ** (len(mult) - 1)
+        least, emb_dim = 2 ** (len(mult) - 1), 4 * model_channels
         if image_size < least or image_size & (image_size - 1):
             raise ValueError(f"image_size {image_size}: {len(mult)} levels need a power of two, at least {least}")
         self.shape, self.classes = (image_channels, image_size, image_size), classes
         if classes:
             self.map_label = xavier(nn.Linear(classes, model_channels))
-        self.map_layer0 = xavier(nn.Linear(model_channels, 4 * model_channels))
-        self.map_layer1 = xavier(nn.Linear(4 * model_channels, 4 * model_channels))
-        block = partial(UNetBlock, emb_dim=4 * model_channels, dropout=dropout)
+        self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
+        self.map_layer1 = xavier(nn.Linear(emb_dim, emb_dim))
+        block = partial(UNetBlock, emb_dim=emb_dim, dropout=dropout)
         levels = [(image_size >> level, m * model_channels) for level, m in enumerate(mult)]
         width = model_channels
         skips = [width]                                     # widths of the outputs that the decoder reads again
@@ -717,7 +676,7 @@ class UNet(nn.Module):
         self.dec = nn.ModuleDict({f"{size}x{size}_in0": block(width, width, attention=True),
                                   f"{size}x{size}_in1": block(width, width)})
         for size, channels in reversed(levels):
-            if size > levels[-1][0]:
+            if size > image_size // least:
                 self.dec[f"{size}x{size}_up"] = block(width, width, resample=nn.Upsample(scale_factor=2))
             for i in range(num_blocks + 1):                 # one more: the level's first conv or down is read too
                 attend = size in attention and i == num_blocks
@@ -732,19 +691,18 @@ class UNet(nn.Module):
         angles = noise_label.float()[:, None] * 10000**-steps       # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
-            labels = torch.full_like(noise_label, -1) if labels is None else labels     # no class: a row of zeros
-            all_classes = torch.arange(self.classes, device=labels.device)
-            one_hot = labels if labels.ndim == 2 else labels[:, None] == all_classes    # (b, classes)
-            emb = emb + self.map_label(one_hot.to(emb.dtype) * self.classes**0.5)       # variance one per entry
+            if labels is None:
+                labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
+            if labels.ndim == 1:
+                labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
+            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # variance one per entry
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
         """x (b, c, h, w), noise_label (b,), labels None, (b,) int64 or (b, classes) -> (b, c, h, w)."""
         if x.shape[1:] != self.shape or (labels is not None and not self.classes):
-            got = f"x {tuple(x.shape)}{'' if labels is None else ' with labels'}"
-            raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {got}")
-        emb = self.embed(noise_label, labels)
-        skips = []
+            raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
+        emb, skips = self.embed(noise_label, labels), []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
@@ -773,8 +731,7 @@ def draw_samples(strips, path):
     figure.set_size_inches(0.62 * width / height + 1.6, 0.62 * len(rows))
     axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
     axes[0, 0].set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips))
-    axes[0, 0].set_xticks([])
-    axes[0, 0].tick_params(length=0)
+    axes[0, 0].tick_params(length=0, labelbottom=False)
     axes[0, 0].spines[:].set_visible(False)
     save_figure(figure, path)
 
@@ -946,8 +903,10 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-Whole, Count = Annotated[int, 0, 2 ** 32 - 1], Annotated[int, 1, 2 ** 32 - 1]
-Share, Amount = Annotated[float, 0, 1], Annotated[float, 0, math.inf]
+Whole = Annotated[int, 0, 2 ** 32 - 1]                      # types of settings, with what they may be
+Count = Annotated[int, 1, 2 ** 32 - 1]
+Share = Annotated[float, 0, 1]
+Amount = Annotated[float, 0, math.inf]
 STOP = []                                                   # Ctrl-C and SIGTERM are noted here, see note_stop
 
 
@@ -1010,7 +969,7 @@ def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return content | {"config": content["config"]}      # a KeyError or TypeError where it is not ours
+        return {**content, "config": content["config"]}     # a TypeError or KeyError where it is not ours
     except Exception as error:                              # torch.load has no common class for broken files
         raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
 
@@ -1019,9 +978,9 @@ def surroundings(script):
     """Versions, hardware and git revision, so that a number can be traced to what made it."""
     command = ["git", "-C", str(script.resolve().parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"script": script.name, "revision": revision, "torch": torch.__version__, "gpu": gpu,
-            "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
+    return {"script": script.name, "revision": revision, "torch": torch.__version__, "system": platform.platform(),
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 class Run:
@@ -1031,8 +990,10 @@ class Run:
     """
 
     def __init__(self, config, script):
-        self.config, self.script, self.claimed = config, Path(script), False
         self.started = time.perf_counter()
+        self.config = config
+        self.script = Path(script)
+        self.claimed = False
         self.device = choose_device(config.device)
         self.rank, self.world = process()
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
@@ -1046,7 +1007,8 @@ class Run:
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
-        record, settings = self.folder / "run.json", dataclasses.asdict(self.config)
+        record = self.folder / "run.json"
+        settings = dataclasses.asdict(self.config)
         if self.rank == 0 and not self.claimed:
             try:
                 old = json.loads(record.read_text())["settings"] if record.exists() else None
@@ -1082,10 +1044,12 @@ class Run:
         The log travels in the checkpoint, so that <name>.csv never tells of a step twice, whenever the run was killed.
         """
         self.claim()
-        config, path, last, log = dataclasses.replace(self.config, **changes), self.folder / f"{name}.pt", 0, []
+        config = dataclasses.replace(self.config, **changes)
+        path = self.folder / f"{name}.pt"
         settings = dataclasses.asdict(config) | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
         optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
+        last, log = 0, []
         if path.exists():
             state = load_checkpoint(path, self.device)
             self.compare(state["config"], settings, path)
@@ -1113,8 +1077,8 @@ class Run:
                     state = {"model": model.state_dict(), "ema": state["model"], "optimizer": optimizer.state_dict()}
                 if self.rank == 0:
                     tqdm.write(f"{name:>14}  step {step:>7}  loss {loss:8.4f}  {rate:10.0f} samples/s")
-                    save_checkpoint(path, step=step, log=log, config=settings, **state)
                     path.with_suffix(".csv").write_text("\n".join(["step,loss,samples_per_s", *log]) + "\n")
+                    save_checkpoint(path, step=step, log=log, config=settings, **state)
                 if stop:
                     raise KeyboardInterrupt
                 total, last, clock = 0.0, step, time.perf_counter()
