@@ -224,6 +224,8 @@ def load_flow(path, run, channels, classes):
             if json.dumps(theirs) != json.dumps(ours):
                 raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
+        if "optimizer" in content:
+            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
@@ -527,7 +529,7 @@ def load_folder(run):
     if not names:
         root, names = root.parent, [root.name]
     numbers = {name: i for i, name in enumerate(names)}
-    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile)
+    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
         jobs = pool.imap(partial(decode, size=run.config.image_size), [path for path, _ in files], chunksize=32)
         images = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
@@ -537,7 +539,8 @@ def load_folder(run):
         print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
-    return torch.stack([images[i] for i in good]), torch.tensor([files[i][1] for i in good]), names
+    used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
+    return torch.stack([images[i] for i in good]), labels, [names[i] for i in used]
 
 
 def decode(path, size):
