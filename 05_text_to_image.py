@@ -12,29 +12,29 @@ The network's clock is the teacher's: it is fed 1000 (1 - t), so that t = 0, pur
     python 05_text_to_image.py sample --model XCLiu/instaflow_0_9B_from_sd_1_5 --prompt "a red bicycle" --seed 0
     torchrun --nproc-per-node 8 05_text_to_image.py --preset paper --model FOLDER --prompts prompts.txt
 
-You will see, in runs/05_text_to_image/quick/: grid.png (prompts by networks, the same noise along a row), quality.png
-(caption accuracy and Frechet distance), and a table.  Each network lies there as a folder in the layout of diffusers:
+You will see, in runs/05_text_to_image/quick/: grid.png (prompts by networks, the same noise along a row) and a table of
+caption accuracy and Frechet distance.  Each network lies there as a folder in the layout of diffusers:
 `sample --model runs/05_text_to_image/quick/distilled-0 --prompt "a blue cross on a white background"` draws with it.
 [Liu+24] InstaFlow, arXiv 2309.06380.  [Rombach+22] Latent Diffusion (Stable Diffusion), arXiv 2112.10752.  [Ho+22]
 Classifier-Free Guidance, arXiv 2207.12598.  [Lu+22] DPM-Solver++, arXiv 2211.01095.  [Zhang+18] LPIPS, 1801.03924.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import hashlib
 import http.client
+import inspect
 import io
-import itertools
 import json
 import math
 import mmap
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -42,6 +42,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import typing
 import unicodedata
 import urllib.error
 import urllib.request
@@ -50,7 +51,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import lpips
 import numpy as np
@@ -60,155 +61,18 @@ import torch.nn.functional as F
 import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
-from scipy.integrate import solve_ivp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Copied from 01_rectified_flow.py
-def option(default, help, choices=None, low=None, high=None, free=False):
-    """One setting: default, help text, and what is allowed. `free` ones may change when a run is continued."""
-    limits = {"help": help, "choices": choices, "low": low, "high": high, "free": free}
-    return dataclasses.field(default=default, metadata=limits)
-
-
-# Differs from 03_improved_training.py: a latent model with text, a teacher that may be Stable Diffusion, two students
-@dataclass
-class Config:
-    """Settings of the training chain; every field is a command-line flag."""
-    preset: str = option("quick", "size of the run", choices=("quick", "gpu", "paper"))
-    model: str = option("", "the teacher: a Stable Diffusion 1.x folder or repository (default: train a tiny one)")
-    hub: str = option("https://huggingface.co", "where repositories are fetched from", free=True)
-    prompts: str = option("", "text file, a prompt a line (default: the captions of the shapes)")
-    image_size: int = option(16, "side of the pictures in pixels", low=8, high=2048)
-    data_size: int = option(20000, "captioned shapes that the tiny teacher learns from", low=2)
-    seeds: int = option(1, "students trained from the one teacher", low=1, high=100, free=True)
-    unet: str = option("plain", "stacked: the distilled network is two U-Nets in a row", choices=("plain", "stacked"))
-    init: str = option("negated", "students' start: the teacher's weights, or those with conv_out negated",
-                       choices=("teacher", "negated"))
-    direct: bool = option(True, "also distil the teacher directly: for distillation's steps, and for reflow's on top")
-    vae_steps: int = option(1000, "training steps of the tiny autoencoder", low=1)
-    vae_channels: tuple = option((16, 32), "its widths; each but the first halves the picture", low=4)
-    vae_lr: float = option(3e-3, "its peak learning rate", low=0.0)
-    vae_batch: int = option(16, "pictures in a step of it", low=1)
-    kl: float = option(3e-3, "weight of its Kullback-Leibler term (Stable Diffusion: 1e-6)", low=0.0)
-    steps: int = option(1500, "training steps of the tiny teacher and its text encoder", low=1)
-    lr: float = option(3e-3, "its peak learning rate", low=0.0)
-    channels: tuple = option((32, 64), "widths of its U-Net; each but the first halves the latents", low=4)
-    attention: tuple = option((0, 1), "which of these levels read the text, 1 or 0 each", low=0, high=1)
-    blocks: int = option(1, "residual blocks of a level", low=1)
-    heads: int = option(4, "its attention heads, and those of the text encoder", low=1)
-    text_width: int = option(32, "width of its text encoder", low=4)
-    text_layers: int = option(1, "layers of its text encoder", low=1)
-    batch: int = option(32, "pictures in a step of the tiny teacher, over all processes", low=1)
-    guidance: float = option(3.0, "guidance of the teacher that makes pairs", low=1.0, high=30.0)
-    solver_steps: int = option(25, "its DPM-Solver++ steps, each of two evaluations with guidance", low=1, high=999)
-    pairs: int = option(1536, "pairs (x0, x1) that it makes for reflow; twice as many with --direct", low=1)
-    shard: int = option(256, "pairs in a file, and images sampled at a time", low=1)
-    caption_dropout: float = option(0.1, "share of captions that training replaces by the empty one", low=0.0, high=1.0)
-    a: float = option(0.0, "times of reflow: 0 uniform, above U-shaped as in chapter 3", low=0.0, high=50.0)
-    reflow_steps: tuple = option((1200,), "training steps of 2-RF, one number a phase", low=1)
-    reflow_batch: tuple = option((16,), "pairs in a step of each phase", low=1)
-    distill_guidance: float = option(1.5, "guidance of 2-RF when it makes the pairs to distil", low=1.0, high=30.0)
-    distill_solver_steps: int = option(8, "its Euler steps", low=1, high=1000)
-    distill_steps: tuple = option((100, 50), "steps of distillation: by |.|^2 of latents, by LPIPS of pictures", low=1)
-    distill_batch: tuple = option((16, 16), "pairs in a step of each", low=1)
-    student_lr: float = option(1e-3, "peak learning rate of the students", low=0.0)
-    lpips_lr: float = option(3e-4, "peak learning rate of the LPIPS phase", low=0.0)
-    lr_decay: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    warmup: int = option(50, "steps of linear warm-up", low=0)
-    grad_clip: float = option(1.0, "largest gradient norm", low=0.0)
-    ema_decay: float = option(0.998, "decay of the averaged weights", low=0.0, high=1.0)
-    micro_batch: int = option(0, "pairs in memory at a time, gradients accumulate; 0: a whole batch", low=0, free=True)
-    checkpointing: bool = option(False, "recompute the U-Net's activations instead of keeping them", free=True)
-    lpips_net: str = option("squeeze", "LPIPS backbone", choices=("vgg", "alex", "squeeze"))
-    lpips_size: int = option(32, "pictures are resized to this side for LPIPS", low=32, high=1024)
-    lpips_weights: str = option("random", "pretrained (torchvision's, downloaded), random (dry run), or a file")
-    eval_size: int = option(512, "samples of every measurement", low=2)
-    fid: bool = option(False, "true FID: Inception features in place of the small random ones")
-    inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)", free=True)
-    data_dir: str = option("data", "where the Inception network is kept", free=True)
-    download: bool = option(False, "fetch the Inception network if missing", free=True)
-    seed: int = option(0, "seed of every random draw", low=0, high=2 ** 32 - 1)
-    log_every: int = option(100, "steps between log lines", low=1, free=True)
-    checkpoint_every: int = option(200, "steps between checkpoints", low=1, free=True)
-    device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)
-    compile: bool = option(True, "torch.compile the network (CUDA only)", free=True)
-    out: str = option("", "run folder (default runs/<script>/<preset>)", free=True)
-    fresh: bool = option(False, "start over: delete what the run folder holds", free=True)
-    presets: ClassVar = {
-        "quick": {},
-        "gpu": dict(                                       # one GPU: the tiny chain at 64 x 64 with wider networks
-            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, vae_lr=1e-3,
-            channels=(128, 256, 256), attention=(1, 1, 0), blocks=2, heads=8, text_width=128, text_layers=2, batch=256,
-            steps=10000, lr=1e-3, pairs=20000, shard=500, reflow_steps=(5000,), reflow_batch=(256,),
-            distill_solver_steps=25, distill_steps=(3000, 500), distill_batch=(256, 128), student_lr=4e-4,
-            lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained",
-            eval_size=5000, checkpoint_every=1000),
-        "paper": dict(                                     # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
-            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
-            reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
-            distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
-            lr_decay="constant", warmup=1000, ema_decay=0.9999, micro_batch=8, lpips_net="vgg", lpips_size=512,
-            lpips_weights="pretrained", eval_size=5000, checkpoint_every=1000),
-    }
-
-
-@dataclass
-class ModelConfig:
-    """What `sample` and `evaluate` have in common; a preset is what its kind of network wants."""
-    preset: str = option("instaflow", "kind of network: one-step, 2-RF, or a diffusion model",
-                         choices=("instaflow", "2-rf", "teacher"))
-    model: str = option("", "folder in the layout of diffusers, or a repository owner/name of Hugging Face")
-    hub: str = option("https://huggingface.co", "where repositories are fetched from")
-    negative: str = option("", "what not to draw: takes the empty text's place under guidance")
-    solver: str = option("euler", "euler for a velocity, dpm for a diffusion model", choices=("euler", "dpm"))
-    steps: int = option(1, "evaluations of the network (twice as many with guidance)", low=1, high=999)
-    guidance: float = option(1.0, "guidance; 1 or less is none", low=0.0, high=30.0)
-    size: tuple = option((0,), "side in pixels, or height and width; 0 is the size the model was trained at", low=0,
-                         high=4096)
-    batch: int = option(4, "pictures made at a time", low=1)
-    lora: tuple = option(("",), "LoRA files to merge, FILE or FILE:SCALE")
-    delta: tuple = option(("",), "FROM TO: two models whose difference of weights is added to the U-Net")
-    seed: int = option(0, "seed of the noise", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "cuda > mps > cpu", choices=("auto", "cuda", "mps", "cpu"))
-    compile: bool = option(False, "torch.compile the U-Net (CUDA only)")
-    presets: ClassVar = {"instaflow": {}, "2-rf": dict(steps=25, guidance=1.5),
-                         "teacher": dict(solver="dpm", steps=25, guidance=7.5)}
-
-
-@dataclass
-class SampleConfig(ModelConfig):
-    """Settings of `sample`."""
-    prompt: tuple = option(("",), "what to draw: one text or several")
-    count: int = option(4, "pictures of every prompt", low=1, high=10000)
-    out: str = option("sample.png", "the contact sheet")
-    interpolate: str = option("", "also write this GIF: a walk through the noises of the first prompt")
-    frames: int = option(12, "its frames between two noises", low=1, high=1000)
-
-
-@dataclass
-class EvaluateConfig(ModelConfig):
-    """Settings of `evaluate`."""
-    captions: str = option("", "COCO's captions_*.json, or a text file with a caption a line")
-    count: int = option(5000, "captions used, one of every image", low=2)
-    real: str = option("", "folder of real images for --fid")
-    fid: bool = option(False, "FID of the samples against --real")
-    clip: str = option("", "CLIP folder for the CLIP score: config.json, model.safetensors, vocab.json, merges.txt")
-    inception: str = option("", "path of inception-2015-12-05.pt (default: in --data-dir)")
-    data_dir: str = option("data", "where the Inception network is kept")
-    download: bool = option(False, "fetch the Inception network if missing")
-    out: str = option("evaluation.json", "where the numbers go")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def as_velocity(unet, x, t, text):
+    """InstaFlow's network: v(x, t | T) = unet(x, 1000 (1 - t), T), the teacher's weights under the teacher's clock."""
+    return unet(x, 1000 * (1 - t), text)
 
 
 def guided(velocity, scale):
@@ -226,17 +90,13 @@ def guided(velocity, scale):
     return flow
 
 
-def as_velocity(unet):
-    """InstaFlow's network: v(x, t | T) = unet(x, 1000 (1 - t), T), the teacher's weights under the teacher's clock."""
-    return lambda x, t, text: unet(x, 1000 * (1 - t), text)
-
-
 def reflow_loss(velocity, x0, x1, text, a=0.0):
     """E_t |x1 - x0 - v(x_t, t | T)|^2 on the teacher's pairs [Liu+24].  x0, x1: (B, C, h, w) -> (B,).
 
     Guidance is in x1 already: the student learns the guided flow with a single evaluation.  a = 0: uniform t, as there.
     """
-    return flow_matching_loss(partial(velocity, text=text), x0, x1, u_shaped_times(len(x0), a, x0.device))
+    t = u_shaped_times(len(x0), a, x0.device)
+    return flow_matching_loss(partial(velocity, text=text), x0, x1, t)
 
 
 def one_step_loss(velocity, x0, x1, text, distance):
@@ -244,12 +104,18 @@ def one_step_loss(velocity, x0, x1, text, distance):
 
     The network sees x0 and no trace of x1.  distance: (a, b) of latents (B, C, h, w) -> (B,).
     """
-    return distance(x0 + velocity(x0, x0.new_zeros(len(x0)), text), x1)
+    t = x0.new_zeros(len(x0))
+    return distance(x0 + velocity(x0, t, text), x1)
 
 
-def squared(a, b):
+def latent_distance(a, b):
     """Mean squared difference per sample: (B, *D) twice -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
+
+
+def picture_distance(vae, perceptual, a, b):
+    """The distance of latents a, b (B, C, h, w) that LPIPS sees between their pictures.  Returns (B,)."""
+    return perceptual(vae.decode(a / vae.scale), vae.decode(b / vae.scale))
 
 
 class Schedule:
@@ -258,394 +124,546 @@ class Schedule:
     sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) [Rombach+22].  Even x_999 holds 7 % of the picture.
     """
 
-    def __init__(self, start=0.00085, end=0.012, steps=1000):
-        beta = torch.linspace(start ** 0.5, end ** 0.5, steps, dtype=torch.float64) ** 2
+    def __init__(self):
+        beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         alpha_bar = (1 - beta).cumprod(0)
-        self.a, self.b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()      # (1000,) float64
+        self.a = alpha_bar.sqrt()                           # (1000,) float64
+        self.b = (1 - alpha_bar).sqrt()
 
 
-def velocity_from_eps(eps, schedule=None):
+def velocity_from_eps(eps):
     """A diffusion model as a velocity, exactly: v = x1_hat - eps = (x_t - eps(x_s, s)) / t.
 
     x_s / (a + b) is x_t for the s with a / (a + b) = t: the same ray, another length; Euler's steps on it are DDIM's.
     The model knows no less signal than x_999 has, t = 0.064: below, x_t counts as x_999.
     eps: (x (B, *D), s (B,), *more) -> noise (B, *D).  Returns a velocity (x (B, *D), t (B,), *more) -> (B, *D).
     """
-    schedule = schedule or Schedule()
-    ratio = (schedule.a / (schedule.a + schedule.b)).flip(0)           # t of s = 999 ... 0, increasing
+    schedule = Schedule()
+    known = (schedule.a / (schedule.a + schedule.b)).flip(0)           # t of s = 999 ... 0, increasing
 
     def velocity(x, t, *more, **named):
         t = t.cpu().double()
-        least = t.clamp(ratio[0], ratio[-1])
-        s = np.interp(torch.logit(least), torch.logit(ratio), np.arange(len(ratio))[::-1])
-        time, least = (u.to(x).reshape(-1, *[1] * (x.dim() - 1)) for u in (t, least))
-        xs = x / (time ** 2 + (1 - time) ** 2).sqrt()
+        known_t = t.clamp(known[0], known[-1])
+        s = np.interp(torch.logit(known_t), torch.logit(known), np.arange(len(known))[::-1])
+        t = per_sample(t.to(x), x)
+        known_t = per_sample(known_t.to(x), x)
+        xs = x / (t ** 2 + (1 - t) ** 2).sqrt()
         noise = eps(xs, torch.as_tensor(s).to(x), *more, **named)
-        return ((least ** 2 + (1 - least) ** 2).sqrt() * xs - noise) / least
+        return ((known_t ** 2 + (1 - known_t) ** 2).sqrt() * xs - noise) / known_t
     return velocity
 
 
 @torch.no_grad()
-def dpm_solver(eps, x, steps, final="zero", schedule=None):
+def dpm_solver(eps, x, steps, final="zero"):
     """DPM-Solver++(2M) [Lu+22 algorithm 2] from noise x (B, *D): the teacher's flow in `steps` evaluations.
 
     With lambda = ln(a / b) the flow is linear in x1_hat, which is extrapolated from two steps (the first and the last
     have one).  eps: (x, s (B,)) -> noise.  final: the last step goes to no noise ("zero") or to that of s = 0
     ("sigma_min", where it takes a second-order step from 15 steps on).  Returns x1 (B, *D).
     """
-    schedule = schedule or Schedule()
-    s = np.linspace(0, len(schedule.a) - 1, steps + 1).round()[:0:-1].astype(int)
-    last = (1.0, 0.0) if final == "zero" else (schedule.a[0].item(), schedule.b[0].item())
-    a, b = ([*values[s.copy()].tolist(), end] for values, end in zip((schedule.a, schedule.b), last))
-    before = width = None                                  # x1_hat and the step in lambda of the step before
-    for i in range(steps):
-        x1_hat = (x - b[i] * eps(x, x.new_full(x.shape[:1], s[i]))) / a[i]
+    schedule = Schedule()
+    times = np.linspace(0, 999, steps + 1).round().astype(int)         # 0 ... 999; the solver goes down, not to 0
+    times = times[1:].tolist()[::-1]
+    a = [*schedule.a[times].tolist(), 1.0 if final == "zero" else schedule.a[0].item()]
+    b = [*schedule.b[times].tolist(), 0.0 if final == "zero" else schedule.b[0].item()]
+    before = width = None                                              # x1_hat, and the step in lambda, before this one
+    for i, s in enumerate(times):
+        x1_hat = (x - b[i] * eps(x, x.new_full(x.shape[:1], s))) / a[i]
         if b[i + 1] == 0:
             return x1_hat
         h = math.log(a[i + 1] / b[i + 1] * b[i] / a[i])
-        first_order = before is None or i == steps - 1 and steps < 15
-        guess = x1_hat if first_order else x1_hat + h / (2 * width) * (x1_hat - before)
-        x, before, width = b[i + 1] / b[i] * x - a[i + 1] * math.expm1(-h) * guess, x1_hat, h
+        guess = x1_hat
+        if i > 0 and (i < steps - 1 or steps >= 15):
+            guess = x1_hat + h / (2 * width) * (x1_hat - before)
+        x = b[i + 1] / b[i] * x - a[i + 1] * math.expm1(-h) * guess
+        before = x1_hat
+        width = h
     return x
 
 
-# Copied from 03_improved_training.py
-def u_shaped_times(n, a=4.0, device=None, antithetic=False):
-    """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: every field is a flag, the comment beside it its help
+# ----------------------------------------------------------------------------------------------------------------------
 
-    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  Antithetic draws come as pairs t and
-    1 - t: odd errors about 1/2 cancel.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
+
+# Differs from 03_improved_training.py: a latent model with text, a teacher that may be Stable Diffusion, two students
+@dataclass
+class Config:
+    """Text-to-image: a teacher, its reflow, and one-step students."""
+    preset: Literal["quick", "gpu", "paper"] = "quick"      # size of the run
+    model: str = ""                                         # Stable Diffusion 1.x, a folder or owner/name; empty: train
+    prompts: str = ""                                       # text file, a prompt a line; empty: captions of the shapes
+    image_size: Annotated[int, 8, 2048] = 16                # side of the pictures in pixels
+    data_size: Annotated[int, 2, 10 ** 8] = 20000           # captioned shapes that the tiny teacher learns from
+    seeds: Annotated[int, 1, 100] = 1                       # students trained from the one teacher
+    unet: Literal["plain", "stacked"] = "plain"             # stacked: the distilled network is two U-Nets in a row
+    init: Literal["teacher", "negated"] = "negated"         # students' start: teacher as it is, or conv_out negated
+    direct: bool = True                                     # also distil the teacher itself: as long as 2-RF, and longer
+    vae_steps: Count = 1000                                 # training steps of the tiny autoencoder
+    vae_batch: Count = 16                                   # pictures in a step of it
+    vae_channels: Annotated[tuple, 4, 4096] = (16, 32)      # its widths; each but the first halves the picture
+    kl: Amount = 3e-3                                       # weight of its Kullback-Leibler term (Stable Diffusion: 1e-6)
+    steps: Count = 1500                                     # training steps of the tiny teacher and its text encoder
+    batch: Count = 32                                       # pictures in a step of it, over all processes
+    accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
+    lr: Amount = 3e-3                                       # peak learning rate of autoencoder and teacher
+    channels: Annotated[tuple, 4, 4096] = (32, 64)          # widths of its U-Net; the first is that of the texts, too
+    attention: Annotated[tuple, 0, 1] = (0, 1)              # which of these levels read the text, 1 or 0 each
+    blocks: Annotated[int, 1, 100] = 1                      # residual blocks of a level, and layers of the text encoder
+    heads: Count = 4                                        # attention heads of both
+    guidance: Annotated[float, 1, 30] = 3.0                 # guidance of the teacher that makes pairs
+    solver_steps: Annotated[int, 1, 999] = 25               # its DPM-Solver++ steps, each of 2 evaluations with guidance
+    pairs: Count = 1536                                     # pairs (x0, x1) made for reflow; twice as many with --direct
+    shard: Count = 256                                      # pairs in a file, and images sampled at a time
+    caption_dropout: Share = 0.1                            # captions that training replaces by the empty one
+    a: Annotated[float, 0, 50] = 0.0                        # times of reflow: 0 uniform, above U-shaped as in chapter 3
+    reflow_steps: Counts = (1200,)                          # training steps of 2-RF, one number a phase
+    reflow_batch: Counts = (16,)                            # pairs in a step of each phase
+    distill_guidance: Annotated[float, 1, 30] = 1.5         # guidance of 2-RF when it makes the pairs to distil
+    distill_solver_steps: Annotated[int, 1, 1000] = 8       # its Euler steps
+    distill_steps: Counts = (100, 50)                       # distillation by |.|^2 of latents, then by LPIPS of pictures
+    distill_batch: Counts = (16, 16)                        # pairs in a step of each
+    student_lr: Amount = 1e-3                               # peak learning rate of the students
+    lpips_lr: Amount = 3e-4                                 # peak learning rate of the LPIPS phase
+    lr_decay: Literal["cosine", "constant"] = "cosine"      # learning rate after the warm-up: down to 0, or as it is
+    warmup: Whole = 50                                      # steps of linear warm-up
+    grad_clip: Amount = 1.0                                 # largest gradient norm
+    ema_decay: Share = 0.998                                # decay of the averaged weights
+    checkpointing: bool = False                             # recompute the U-Net's activations instead of keeping them
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
+    lpips_size: Annotated[int, 32, 1024] = 32               # pictures are resized to this side for LPIPS
+    lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
+    eval_size: Annotated[int, 2, 10 ** 7] = 512             # samples of every measurement
+    fid: bool = False                                       # true FID: Inception in place of small random features
+    data_dir: str = "data"                                  # where the Inception network is kept
+    download: bool = False                                  # fetch it if missing
+    seed: Whole = 0                                         # seed of every random draw
+    log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
+    compile: bool = True                                    # torch.compile the network (CUDA only)
+    out: str = ""                                           # run folder; empty: runs/<script>/<preset>
+    fresh: bool = False                                     # start over: delete what the run folder holds
+    may_change: ClassVar = {"seeds", "checkpointing", "data_dir", "download", "log_every", "device", "compile", "out",
+                            "fresh"}
+    presets: ClassVar = {
+        "quick": {},
+        "gpu": dict(                                        # one GPU: the tiny chain at 64 x 64 with wider networks
+            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, channels=(128, 256, 256),
+            attention=(1, 1, 0), blocks=2, heads=8, batch=256, steps=10000, lr=1e-3, pairs=20000, shard=500,
+            reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25, distill_steps=(3000, 500),
+            distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg",
+            lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500),
+        "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
+            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
+            accumulate=8, reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
+            distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
+            lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
+            lpips_weights="pretrained", eval_size=5000, log_every=500),
+    }
+
+
+@dataclass
+class DrawConfig:
+    """Settings of `sample` (prompts to pictures) and `evaluate` (captions to numbers), with a finished model."""
+    preset: Literal["instaflow", "2-rf", "teacher"] = "instaflow"   # kind of network: one-step, 2-RF, or a diffusion model
+    model: str = ""                                         # folder in the layout of diffusers, or owner/name on the hub
+    prompt: tuple = ("",)                                   # sample: what to draw, one text or several
+    captions: str = ""                                      # evaluate: COCO's captions_*.json, or a caption a line
+    count: Whole = 0                                        # pictures of every prompt (0: 4), or captions used (0: 5000)
+    negative: str = ""                                      # what not to draw: the empty text's place under guidance
+    solver: Literal["euler", "dpm"] = "euler"               # euler for a velocity, dpm for a diffusion model
+    steps: Annotated[int, 1, 999] = 1                       # evaluations of the network (twice as many with guidance)
+    guidance: Annotated[float, 0, 30] = 1.0                 # 1 or less is none
+    size: Annotated[tuple, 0, 4096] = (0,)                  # side in pixels, or height and width; 0: as it was trained
+    batch: Count = 4                                        # pictures made at a time
+    lora: tuple = ("",)                                     # LoRA files to merge, FILE or FILE:SCALE
+    delta: tuple = ("",)                                    # FROM TO: models whose difference is added to the U-Net
+    fid: bool = False                                       # evaluate: FID of the pictures against --real
+    real: str = ""                                          # folder of real images for --fid
+    clip: str = ""                                          # folder of a public CLIP, for the CLIP score
+    data_dir: str = "data"                                  # where the Inception network is kept
+    download: bool = False                                  # fetch it if missing
+    seed: Whole = 0                                         # seed of the noise
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
+    compile: bool = False                                   # torch.compile the U-Net (CUDA only)
+    out: str = ""                                           # sample: sample.png; evaluate: evaluation.json
+    accumulate: ClassVar = 1
+    presets: ClassVar = {"instaflow": {}, "2-rf": dict(steps=25, guidance=1.5),
+                         "teacher": dict(solver="dpm", steps=25, guidance=7.5)}
+
+
+Counts = Annotated[tuple, 1, 2 ** 32 - 1]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The experiment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Differs from 03_improved_training.py: a latent model with text, given or trained from nothing
+def main(config):
+    """A teacher, the students of every seed, then numbers and pictures."""
+    run = Run(config, __file__)
+    check_settings(run)
+    texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
+    perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
+    yardstick = choose_features(run)
+    pipe = open_pipeline(config.model, run) if config.model else tiny_teacher(run)
+    prepare(pipe, run, [config.image_size, config.image_size])
+    pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
+    prompts = Prompts(pipe, texts)
+    distance = partial(picture_distance, pipe.vae, perceptual)
+    networks = [students(run, pipe, prompts, distance, seed) for seed in range(config.seeds)]
+    if run.rank == 0:
+        report(run, pipe, prompts, networks, yardstick)
+
+
+def students(run, pipe, prompts, distance, seed):
+    """[Liu+24]: straighten the teacher by reflow, then distil; beside it distillation alone.  Returns name -> U-Net."""
+    config = run.config
+    noise = seed_for(config.seed, 3)
+    teacher = Sampler(pipe, prompts, pipe.unet, "dpm", config.solver_steps, config.guidance)
+    write_pairs(run, "teacher", teacher, noise, config.pairs * (2 if config.direct else 1))
+    draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs), noise, prompts)
+    start = negated(pipe.unet) if config.init == "negated" else pipe.unet
+    reflow = partial(reflow_loss, a=config.a)
+    phases = [(reflow, partial(draw, dropout=config.caption_dropout), dict(steps=steps, batch=batch, lr=config.student_lr))
+              for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
+    flow = train_phases(run, "2-rf", seed, start, phases)
+
+    own_noise = seed_for(config.seed, 4, seed)
+    straight = Sampler(pipe, prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
+    write_pairs(run, f"2-rf-{seed}", straight, own_noise, config.pairs)
+    own = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), own_noise, prompts)
+    deepen = StackedUNet if config.unet == "stacked" else copy.deepcopy
+    phases = distill_phases(config, own, distance)
+    found = {"2-rf": flow, "distilled": train_phases(run, "distilled", seed, deepen(flow), phases)}
+    if config.direct:                                       # without reflow: for as many steps, then for reflow's on top
+        phases = distill_phases(config, draw, distance)
+        found["direct"] = train_phases(run, "direct", seed, deepen(start), phases)
+        draw = partial(draw_stored, load_pairs(run, "teacher", 2 * config.pairs), noise, prompts)
+        phases = distill_phases(config, draw, distance, more=sum(config.reflow_steps))
+        found["longer"] = train_phases(run, "longer", seed, deepen(start), phases)
+    for name, unet in found.items():
+        kind = {"_class_name": "StackedUNet" if isinstance(unet, StackedUNet) else "UNet2DConditionModel"}
+        configs = pipe.configs | {"unet": pipe.configs["unet"] | kind, "scheduler":
+                                  pipe.configs["scheduler"] | {"prediction_type": "velocity"}}
+        save_pipeline(run, f"{name}-{seed}", dataclasses.replace(pipe, unet=unet, configs=configs))
+    return found
+
+
+def distill_phases(config, draw, distance, more=0):
+    """First |.|^2 of latents, for `more` steps than --distill-steps says, then LPIPS of pictures."""
+    steps, batch = config.distill_steps, config.distill_batch
+    by_latents = dict(steps=steps[0] + more, batch=batch[0], lr=config.student_lr)
+    by_pictures = dict(steps=steps[1], batch=batch[1], lr=config.lpips_lr)
+    return [(partial(one_step_loss, distance=latent_distance), draw, by_latents),
+            (partial(one_step_loss, distance=distance), draw, by_pictures)]
+
+
+def train_phases(run, name, seed, unet, phases):
+    """A student through its phases, each from the averaged weights of the one before.
+
+    phases: (loss(v, x0, x1, text), draw(n=...) -> x0, x1, text, settings of this phase).
     """
-    y = torch.rand((n + 1) // 2 if antithetic else n, device=device)
-    y = torch.cat([y, 1 - y])[:n] if antithetic else y
-    return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
+    for k, (loss, draw, settings) in enumerate(phases):
+        draw = partial(draw, n=settings["batch"] // (run.world * run.config.accumulate))
+        stream = seed_for(seed, k, *name.encode())
+        unet = run.fit(f"{name}-{seed}.{k + 1}", unet, partial(pair_loss, draw=draw, loss=loss), stream, **settings)
+    return unet
 
 
-# Copied from 02_reflow.py
-def pair_noise(seed, index, shape):
-    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
+# Differs from 02_reflow.py: text in place of labels, and the loss is one of two
+def pair_loss(model, ema, step, draw, loss):
+    """What a student minimises: loss(v, x0, x1, text) -> (n,) on the pairs x0, x1, text of draw()."""
+    return loss(partial(as_velocity, model), *draw())
 
-    splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
+
+def negated(unet):
+    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
+
+    With the teacher's own sign, training first unlearns to look at x0, and the tiny network stays blind to it for long.
     """
-    size = math.prod(shape)
-    bits = index[:, None] * size + torch.arange(size, device=index.device)         # (B, size): a counter
-    bits = bits * -0x61C8864680B583EB + (seed << 31)
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):   # int64 wraps around
-        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor                      # & makes >> unsigned
-    radius = (-2 * ((bits >> 40 & 0xFFFFFF) + 0.5).div(1 << 24).log()).sqrt()
-    return (radius * (2 * math.pi / (1 << 24) * (bits & 0xFFFFFF)).cos()).reshape(-1, *shape)
+    unet = copy.deepcopy(unet)
+    for p in unet.conv_out.parameters():
+        p.data.neg_()
+    return unet
 
 
-# Copied from 01_rectified_flow.py
-def interpolate(x0, x1, t):
-    """The straight line x_t = (1 - t) x0 + t x1 [Liu+22 eq. 1].  x0, x1: (B, *D), t: (B,).  Returns (B, *D)."""
-    t = t.reshape(-1, *[1] * (x0.dim() - 1))               # (B, 1, ..., 1)
-    return (1 - t) * x0 + t * x1
+def check_settings(run):
+    """UserError, before anything is written, for settings that contradict each other."""
+    config, slices = run.config, run.world * run.config.accumulate
+    for name, want in (("reflow", len(config.reflow_steps)), ("distill", 2)):
+        steps, batch = getattr(config, f"{name}_steps"), getattr(config, f"{name}_batch")
+        if not len(steps) == len(batch) == want:
+            raise UserError(f"--{name}-steps and --{name}-batch want {want} numbers, got {len(steps)}, {len(batch)}")
+    if any(batch % slices for batch in (config.vae_batch, *config.reflow_batch, *config.distill_batch)):
+        raise UserError(f"--vae-batch, --reflow-batch or --distill-batch cannot be cut into {slices} equal slices")
+    if config.preset == "paper" and not config.model:
+        raise UserError("--preset paper needs --model: a Stable Diffusion 1.x folder or repository")
+    if config.model and not config.prompts:
+        raise UserError("--model needs --prompts FILE, a text file with a prompt a line")
+    if config.image_size % 2 ** (len(config.vae_channels) - 1) and not config.model:
+        raise UserError(f"--image-size {config.image_size} cannot be halved {len(config.vae_channels) - 1} times")
+    with torch.device("meta"):                              # no memory, no time: do the widths make sense?
+        tiny_networks(tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1}))
 
 
-# Copied from 01_rectified_flow.py
-def flow_matching_loss(velocity, x0, x1, t):
-    """|x1 - x0 - v(x_t, t)|^2 per sample, mean over D [Liu+22 eq. 1].
+# Differs from 03_improved_training.py: caption accuracy beside the Frechet distance, of text-to-image networks
+def report(run, pipe, prompts, networks, yardstick):
+    """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, for each seed."""
+    (features, label), texts, results, shown = yardstick, prompts.texts, {}, {}
+    real = feature_moments(real_pictures(run, pipe), features, run.device)
+    read = CaptionReader(run.config.image_size) if set(texts) <= set(shape_captions()) else None
+    for found in [{"teacher": pipe.unet}, *networks]:       # the teacher has no seeds
+        for heading, sampler in samplers(run, pipe, prompts, found).items():
+            images = generate(sampler, run)
+            row = {"accuracy": None, "NFE": sampler.evaluations / len(images)}
+            row["FD"] = frechet_from_moments(*feature_moments(images, features, run.device), *real)
+            if read:                                        # other prompts cannot be read off a picture
+                right = [caption == texts[i % len(texts)] for i, caption in enumerate(read(images))]
+                row["accuracy"] = sum(right) / len(right)
+            results.setdefault(heading, []).append(row)
+            shown.setdefault(heading, images)               # of the first seed
+    save_json(run.folder / "results.json", {"distance": label, "samples": run.config.eval_size, "networks": results})
+    print_table(results, label)
+    draw_grid({heading: images for heading, images in shown.items() if not re.search("velocity|longer", heading)},
+              texts, run.folder / "grid.png")
+    print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
 
-    velocity: (x (B, *D), t (B,)) -> (B, *D);  x0: (B, *D) noise;  x1: (B, *D) data, paired with x0.  Returns (B,).
-    Raises ValueError if the pairs do not match in shape.
-    """
-    if x0.shape != x1.shape or t.shape != x0.shape[:1]:
-        raise ValueError(f"want (B, *D) twice and (B,), got {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(t.shape)}")
-    xt = interpolate(x0, x1, t)
-    return (velocity(xt, t) - (x1 - x0)).square().flatten(1).mean(1)
+
+def samplers(run, pipe, prompts, networks):
+    """What is compared: heading -> Sampler, of the U-Nets in networks: name -> U-Net."""
+    found = {}
+    for name, heading, solver, steps in (
+            ("teacher", "teacher", "dpm", run.config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
+            ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
+            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1),
+            ("longer", "teacher distilled longer", "euler", 1)):
+        if name in networks:
+            guidance = run.config.guidance if name == "teacher" else 1.0        # students have it in their weights
+            sampler = Sampler(pipe, prompts, networks[name], solver, steps, guidance)
+            found[f"{heading}, {steps} step{'s' if steps > 1 else ''}"] = sampler
+    return found
+
+
+def real_pictures(run, pipe):
+    """What samples are compared with: the data of the tiny teacher, or the pictures of a given teacher's pairs."""
+    config = run.config
+    if not config.model:
+        return shapes(config.data_size, config.image_size, config.seed)[0]
+    latents = torch.cat(load_pairs(run, "teacher", min(config.eval_size, config.pairs)))
+    return torch.cat([decode_latents(pipe.vae, x.to(run.device).float()).cpu() for x in latents.split(config.shard)])
+
+
+# Differs from 03_improved_training.py: accuracy and Frechet distance of every network
+def print_table(results, label):
+    """Mean over seeds of every number, and its spread.  results: heading -> a row for each seed."""
+    print(f"\n{label}; accuracy: share of pictures whose caption reads as it was asked; NFE evaluations a picture")
+    print(f"{'':<34}    NFE  accuracy       +-        FD       +-")
+    for heading, rows in results.items():
+        cells = ""
+        for key in ("accuracy", "FD"):
+            values = [row[key] for row in rows if row[key] is not None]
+            cells += f"{np.mean(values):10.3f}" if values else f"{'-':>10}"
+            cells += f"{np.std(values, ddof=1):9.3f}" if len(values) > 1 else f"{'-':>9}"
+        print(f"{heading:<34}{rows[0]['NFE']:7.0f}{cells}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training: the tiny teacher, and the pairs
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_teacher(run):
+    """A Stable Diffusion of the smallest size, trained on captioned shapes: autoencoder, then text encoder and U-Net."""
+    config, words = run.config, run.folder / "tokenizer"
+    images, _, captions = shapes(config.data_size, config.image_size, config.seed)
+    images = to_device(images, run.device)
+    run.claim()
+    if run.rank == 0:
+        write_vocabulary(shape_captions(), words)
+    run.wait()
+    tokenizer = CLIPTokenizer(words / "vocab.json", words / "merges.txt")
+    configs = tiny_configs(config, tokenizer.vocab)
+    torch.manual_seed(seed_for(config.seed, 0))             # the start weights of all three
+    vae, unet, text_encoder = tiny_networks(configs)
+
+    learn = partial(autoencoder_loss, images=images, n=config.vae_batch // (run.world * config.accumulate))
+    vae = run.fit("vae", Autoencoder(vae, config.kl), learn, 1, steps=config.vae_steps, batch=config.vae_batch).vae
+    latents = torch.cat([vae.encode(to_floats(x))[0] for x in images.split(500)])
+    vae.scale = configs["vae"]["scaling_factor"] = 1 / latents.std().item()
+    draw = partial(draw_captioned, latents * vae.scale, tokenizer(captions).to(run.device), run.share)
+    forget = partial(drop_some, empty=tokenizer([""]).to(run.device), dropout=config.caption_dropout)
+    learn = partial(teacher_loss, draw=draw, forget=forget)
+    teacher = run.fit("teacher", Diffusion(unet, text_encoder), learn, 2)
+    pipe = Pipeline(tokenizer, teacher.text_encoder, teacher.unet, vae, configs)
+    save_pipeline(run, "teacher", pipe)
+    return pipe
+
+
+class Autoencoder(nn.Module):
+    """The VAE in training: pictures x (B, 3, H, W) -> |x - decode(z)| + kl KL(q(z | x), N(0, I)) / (3 H W), (B,)."""
+
+    def __init__(self, vae, kl):
+        super().__init__()
+        self.vae, self.kl = vae, kl
+
+    def forward(self, x):
+        mean, logvar = self.vae.encode(x)
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        error = (self.vae.decode(z) - x).abs().flatten(1).mean(1)
+        kl = (mean ** 2 + logvar.exp() - 1 - logvar) / 2
+        return error + self.kl * kl.flatten(1).sum(1) / x[0].numel()
+
+
+def autoencoder_loss(model, ema, step, images, n):
+    """What the tiny autoencoder minimises.  images: uint8 (N, 3, S, S) on the device.  Returns (n,)."""
+    index = torch.randint(len(images), (n,), device=images.device)
+    return model(to_floats(images[index]))
+
+
+class Diffusion(nn.Module):
+    """U-Net and text encoder, trained together: x1, x0 (B, C, h, w), s (B,), T (B, L) -> |eps(x_s, s, T) - x0|^2, (B,)."""
+
+    def __init__(self, unet, text_encoder):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        schedule = Schedule()
+        self.register_buffer("a", schedule.a.float(), persistent=False)
+        self.register_buffer("b", schedule.b.float(), persistent=False)
+
+    def forward(self, x1, x0, s, tokens):
+        xs = per_sample(self.a[s], x1) * x1 + per_sample(self.b[s], x0) * x0
+        return latent_distance(self.unet(xs, s.float(), self.text_encoder(tokens)), x0)
+
+
+def teacher_loss(model, ema, step, draw, forget):
+    """What the tiny diffusion model minimises.  draw: () -> latents x1 (n, C, h, w) and their texts as tokens (n, L).
+
+    forget: texts -> the same, some of them empty, for guidance needs the velocity without a text [Ho+22].
+    """
+    x1, tokens = draw()
+    s = torch.randint(1000, (len(x1),), device=x1.device)
+    x0 = torch.randn_like(x1)
+    return model(x1, x0, s, forget(tokens))
+
+
+def draw_captioned(latents, tokens, n):
+    """n latents with their captions.  latents: (N, C, h, w);  tokens: (N, L)."""
+    index = torch.randint(len(latents), (n,), device=latents.device)
+    return latents[index], tokens[index]
+
+
+def drop_some(texts, empty, dropout):
+    """A share of the texts (n, ...), chosen at random, replaced by empty (1, ...)."""
+    chosen = torch.rand(len(texts), device=texts.device) < dropout
+    return torch.where(per_sample(chosen, texts), empty, texts)
+
+
+# Differs from 02_reflow.py: latents as float16, text in place of labels
+def write_pairs(run, name, sampler, seed, count):
+    """The coupling (x0, x1 = sampler(x0 | T)) of the numbers 0 ... count - 1, in files of config.shard pairs.
+
+    Only x1 is stored: noise and text follow from the number.  Each process makes every world-th file, whole or not at
+    all, and leaves alone what is there: a run that was killed loses at most the file in hand.
+    """
+    run.claim()
+    compile_network(sampler.unet, run.config)
+    shards = torch.arange(count, device=run.device).split(run.config.shard)
+    for i in tqdm(range(run.rank, len(shards), run.world), f"pairs by {name}", disable=None):
+        path = run.folder / "pairs" / name / f"{i:05d}.pt"
+        if path.exists():
+            continue
+        x0 = pair_noise(seed, shards[i], sampler.pipe.shape)
+        x1 = sampler(x0, sampler.prompts(shards[i]))
+        if not x1.isfinite().all():
+            raise UserError(f"the samples of {name} are not finite; lower the learning rates, add --fresh")
+        save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
+        if STOP:
+            raise KeyboardInterrupt
+    run.wait()
+
+
+# Differs from 02_reflow.py: mapped into memory
+def load_pairs(run, name, count):
+    """The first `count` stored x1, file by file (n, C, h, w) float16: 1.6 million of 512 x 512 pictures are 52 GB."""
+    shards = []
+    for i in range(math.ceil(count / run.config.shard)):
+        path = run.folder / "pairs" / name / f"{i:05d}.pt"
+        try:
+            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["x1"]
+        except Exception as error:                          # torch.load has no common class for broken files
+            raise UserError(f"{path} is missing or broken ({type(error).__name__}); delete it, run again") from None
+        shards.append(shard[:count - i * run.config.shard])
+    return shards
+
+
+# Differs from 02_reflow.py: latents in files, text in place of labels
+def draw_stored(shards, seed, prompts, n, dropout=0.0):
+    """A stored coupling: one number picks x0, x1 (n, C, h, w) and the text (n, L, C), a share of which is empty."""
+    size = len(shards[0])
+    index = torch.randint(sum(map(len, shards)), (n,))
+    x1 = torch.stack([shards[i // size][i % size] for i in index.tolist()]).to(prompts.null.device).float()
+    x0 = pair_noise(seed, index.to(x1.device), x1.shape[1:])
+    return x0, x1, drop_some(prompts(index), prompts.null, dropout)
 
 
 class Prompts:
     """Texts by number as the U-Net reads them: prompts(index (B,)) -> states of the frozen text encoder (B, L, C).
 
-    Few texts are encoded once and kept, many whenever they are asked for.  null: the states (1, L, C) of `empty`.
+    Number i is text i modulo how many there are.  Few texts are encoded once and kept, many whenever they are asked
+    for.  null: the states (1, L, C) of the text `empty`, which guidance leads away from.
     """
 
     def __init__(self, pipe, texts, empty="", few=256):
-        self.texts, self.tokens, self.encoder = texts, pipe.tokenizer(texts).int(), pipe.text_encoder
+        self.texts, self.encoder = texts, pipe.text_encoder
+        self.tokens = pipe.tokenizer(texts).int()
         if pipe.tokenizer.truncated and process()[0] == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
                   "their ends are cut off", file=sys.stderr)
         self.null = self.encode(pipe.tokenizer([empty]))
         self.kept = self.encode(self.tokens) if len(texts) <= few else None
 
-    def __len__(self):
-        return len(self.texts)
-
     @torch.no_grad()
     def encode(self, tokens):
         """Tokens (B, L) -> states (B, L, C), in float32."""
-        weight = next(self.encoder.parameters())
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.device.type == "cuda"):
-            return self.encoder(tokens.to(weight.device)).float()
+        device = next(self.encoder.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return self.encoder(tokens.to(device)).float()
 
-    def __call__(self, index, dropout=0.0):
-        """Prompt i is text i modulo their number.  dropout: the share replaced by null, at random."""
-        index = index % len(self)
-        text = self.encode(self.tokens[index.cpu()]) if self.kept is None else self.kept[index.to(self.null.device)]
-        dropped = torch.rand(len(text), 1, 1, device=text.device) < dropout
-        return torch.where(dropped, self.null, text) if dropout else text
-
-
-class Pairs:
-    """The stored ends x1 of pairs by number: pairs[index (B,)] -> (B, C, h, w) float32, on the CPU.
-
-    The files stay on disk, mapped into memory: 1.6 million latents of 512 x 512 pictures are 52 GB.  UserError names a
-    file that is missing or broken.
-    """
-
-    def __init__(self, folder, count, size, shape):
-        self.count, self.size, self.shards = count, size, []
-        for i in range(math.ceil(count / size)):
-            path, rows = shard_file(folder, i), min(size, count - i * size)
-            try:
-                shard = np.load(path, mmap_mode="r", allow_pickle=False)
-            except Exception as error:                     # np.load has another error for every way to be broken
-                raise UserError(f"shard {path} is missing or broken ({error}); delete it and run again") from None
-            if shard.dtype != np.float16 or shard.shape[1:] != shape or len(shard) < rows:
-                raise UserError(f"shard {path} holds no {rows} latents of this run; delete it and run again")
-            self.shards.append(shard)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        rows = np.stack([self.shards[i // self.size][i % self.size] for i in index.tolist()])
-        return torch.from_numpy(rows).float()
+    def __call__(self, index):
+        index = index % len(self.texts)
+        if self.kept is None:
+            return self.encode(self.tokens[index.cpu()])
+        return self.kept[index.to(self.kept.device)]
 
 
-# Differs from 02_reflow.py: latents as float16, from any map; text in place of labels
-def make_pairs(flow_map, folder, count, config, shape, device, seed):
-    """The coupling (x0, x1 = flow_map(x0, index)) for indices 0 ... count - 1, in files of config.shard pairs.
-
-    Only x1 is stored: x0 is pair_noise of the index.  A killed run loses at most the shard in hand, and each process of
-    a torchrun makes every world-th shard.  flow_map: (x0 (B, *shape), index (B,)) -> x1 (B, *shape).
-    """
-    rank, world = process()
-    todo = [i for i in range(rank, math.ceil(count / config.shard), world) if not shard_file(folder, i).exists()]
-    with postponed_signals() as caught:
-        for i in tqdm(todo, f"pairs by {folder.name}", disable=None):
-            index = torch.arange(i * config.shard, min((i + 1) * config.shard, count), device=device)
-            x1 = flow_map(pair_noise(seed, index, shape), index)
-            if not x1.isfinite().all():
-                raise UserError(f"the samples of {folder.name} are not finite; lower the learning rates, add --fresh")
-            save_array(shard_file(folder, i), x1.half())
-            if caught:
-                raise KeyboardInterrupt
-    wait_for_all()
-
-
-# Differs from 02_reflow.py: latents from disk, text in place of labels
-def draw_stored(pairs, seed, prompts, dropout=0.0):
-    """A stored coupling: one index picks x0, x1 (n, C, h, w) and the text (n, L, C)."""
-    def draw(n):
-        index = torch.randint(len(pairs), (n,))
-        x1 = pairs[index].to(prompts.null.device)
-        return pair_noise(seed, index.to(x1.device), x1.shape[1:]).to(x1), x1, prompts(index, dropout)
-    return draw
+def tiny_configs(config, vocabulary):
+    """config.json of every part of the tiny model, under the names of diffusers and transformers."""
+    levels, width = len(config.vae_channels), config.channels[0]
+    groups, vae_groups = (min(32, max(1, widths[0] // 4)) for widths in (config.channels, config.vae_channels))
+    blocks = ["CrossAttn{}Block2D" if reads else "{}Block2D" for reads in config.attention]
+    text = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=4 * width,
+                num_hidden_layers=config.blocks, num_attention_heads=config.heads, max_position_embeddings=77,
+                hidden_act="quick_gelu", bos_token_id=vocabulary["<|startoftext|>"],
+                eos_token_id=vocabulary["<|endoftext|>"], architectures=["CLIPTextModel"])
+    unet = dict(_class_name="UNet2DConditionModel", sample_size=config.image_size >> levels - 1,
+                block_out_channels=config.channels, layers_per_block=config.blocks, attention_head_dim=config.heads,
+                cross_attention_dim=width, norm_num_groups=groups,
+                down_block_types=[block.format("Down") for block in blocks],
+                up_block_types=[block.format("Up") for block in reversed(blocks)])
+    vae = dict(_class_name="AutoencoderKL", block_out_channels=config.vae_channels, layers_per_block=1,
+               latent_channels=4, norm_num_groups=vae_groups, sample_size=config.image_size,
+               down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
+    scheduler = dict(_class_name="DPMSolverMultistepScheduler", beta_start=0.00085, beta_end=0.012,
+                     beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="epsilon")
+    return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": scheduler}))
 
 
-# Differs from 03_improved_training.py: text-conditional, uniform times
-def pair_loss(draw, config):
-    """The loss_fn of reflow on draw(n) -> x0, x1, text."""
-    batch = config.batch // process()[1]
-    return lambda model, ema, step: reflow_loss(as_velocity(model), *draw(batch), config.a)
-
-
-def distill_loss(draw, config, distance):
-    """The loss_fn of distillation on the same pairs, always at t = 0."""
-    batch = config.batch // process()[1]
-    return lambda model, ema, step: one_step_loss(as_velocity(model), *draw(batch), distance)
-
-
-def picture_distance(vae, perceptual, micro_batch=0):
-    """The distance of two latents (B, C, h, w) that LPIPS sees between their pictures.  Returns (a, b) -> (B,)."""
-    def distance(a, b):
-        return perceptual(vae.decode(a / vae.scale), vae.decode(b / vae.scale))
-    return partial(in_slices, distance, micro_batch)
-
-
-def in_slices(function, size, *tensors):
-    """function(*tensors), `size` of the batch at a time (0: all); of each slice only the output is kept in memory.
-
-    Gradient accumulation under a single backward: that pass computes a slice anew, differentiates it and forgets it.
-    The gradients are those of the whole batch; the price is one more forward pass.
-    """
-    if not 0 < size < len(tensors[0]) or not torch.is_grad_enabled():
-        return function(*tensors)
-    parts = zip(*(x.split(size) for x in tensors))
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
-
-
-class Slices(nn.Module):
-    """A network that takes its batch in slices; see in_slices."""
-
-    def __init__(self, network, size):
-        super().__init__()
-        self.network, self.size = network, size
-
-    def forward(self, *inputs):
-        return in_slices(self.network, self.size, *inputs)
-
-
-class Autoencoder(nn.Module):
-    """The VAE in training: pictures x (B, 3, H, W) -> (B, 2): |x - decode(z)|, KL(q(z | x), N(0, I))."""
-
-    def __init__(self, vae):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, x):
-        mean, logvar = self.vae.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
-        kl = (mean ** 2 + logvar.exp() - 1 - logvar) / 2
-        return torch.stack([(self.vae.decode(z) - x).abs().flatten(1).mean(1), kl.flatten(1).sum(1)], 1)
-
-
-def autoencoder_loss(images, config):
-    """The loss_fn of the tiny autoencoder.  images: uint8 (N, 3, S, S) on the device."""
-    batch = config.batch // process()[1]
-
-    def loss_fn(model, ema, step):
-        x = to_floats(images[torch.randint(len(images), (batch,), device=images.device)])
-        error, kl = model(x).unbind(1)
-        return error + config.kl * kl / images[0].numel()
-    return loss_fn
-
-
-class Captioned(nn.Module):
-    """U-Net and text encoder that are trained together: x (B, C, h, w), s (B,), tokens (B, L) -> noise (B, C, h, w)."""
-
-    def __init__(self, unet, text_encoder):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x, s, tokens):
-        return self.unet(x, s, self.text_encoder(tokens))
-
-
-def teacher_loss(latents, tokens, empty, config):
-    """The loss_fn of the tiny diffusion model, |eps(x_s, s, T) - x0|^2; some texts T are replaced by the empty one.
-
-    latents: (N, C, h, w);  tokens: (N, L) of their captions;  empty: (1, L).
-    """
-    batch, schedule = config.batch // process()[1], Schedule()
-    a, b = (values.to(latents) for values in (schedule.a, schedule.b))
-
-    def loss_fn(model, ema, step):
-        index = torch.randint(len(latents), (batch,), device=latents.device)
-        s = torch.randint(len(a), (batch,), device=latents.device)
-        x1, x0 = latents[index], torch.randn_like(latents[index])
-        dropped = torch.rand(batch, 1, device=latents.device) < config.caption_dropout
-        xs = a[s].reshape(-1, 1, 1, 1) * x1 + b[s].reshape(-1, 1, 1, 1) * x0
-        return squared(model(xs, s.float(), torch.where(dropped, empty, tokens[index])), x0)
-    return loss_fn
-
-
-# Copied from 03_improved_training.py
-class Perceptual(nn.Module):
-    """LPIPS [Zhang+18] by the lpips package: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,).
-
-    Both are upsampled first, bilinearly, because the backbone was trained on larger pictures.  In float32 throughout:
-    differences of normalised features lose too much in bf16.
-    """
-
-    def __init__(self, net, size, weights, factor=1.0):
-        super().__init__()
-        self.size, self.factor = size, factor
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # lpips calls torchvision by an old name
-            self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
-
-    def forward(self, a, b):
-        with torch.autocast(a.device.type, enabled=False):
-            a, b = (F.interpolate(x.float(), (self.size, self.size), mode="bilinear") for x in (a, b))
-            return self.factor * self.lpips(a, b).flatten()
-
-
-# Copied from 03_improved_training.py
-def load_lpips(net, weights):
-    """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random.
-
-    A random backbone goes without the linear heads: they weigh channels of the trained one.
-    """
-    if weights == "pretrained":
-        try:
-            return lpips.LPIPS(net=net, verbose=False)
-        except Exception as error:                         # no network, no disk, half a download in torch's cache
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"no pretrained {net} for LPIPS ({reason}): pass --lpips-weights FILE (torchvision's state "
-                            "dict), or --lpips-weights random for a dry run") from None
-    torch.manual_seed(0)                                   # an untrained yardstick, but the same one every time
-    network = lpips.LPIPS(net=net, pnet_rand=True, lpips=weights != "random", verbose=False)
-    if weights != "random":
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
-            network.net.load_state_dict(own)
-        except Exception as error:                         # torch.load has no common class for broken files
-            raise UserError(f"--lpips-weights {weights}: no {net} of torchvision ({type(error).__name__})") from None
-    return network
-
-
-# Copied from 01_rectified_flow.py
-def train(model, loss_fn, config, optimizer=None, ema=None, start=0, stream=0):
-    """Minimise E[loss_fn] with AdamW; yields (step, loss, ema) after every update; all the rest is the caller's.
-
-    loss_fn: (model, ema, step) -> (B,) losses; it draws its own batch: which pairs, which times, which distance.
-    optimizer, ema, start: given to continue a run.  stream: which random stream; resumed steps draw what they drew.
-    Yields step (counted from 1), loss: () detached, still on the device (reading it waits for the GPU), ema: EMA.
-    """
-    optimizer = optimizer or make_optimizer(model, config)
-    ema = ema or EMA(model, config.ema_decay)
-    network, autocast = accelerate(model, config)
-    for step in range(start, config.steps):
-        torch.manual_seed(seed_for(config.seed, stream, step, process()[0]))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        with autocast:
-            loss = loss_fn(network, ema, step).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model, step)
-        yield step + 1, loss.detach(), ema
-
-
-# Copied from 01_rectified_flow.py
-def learning_rate(step, config):
-    """Linear warm-up to config.lr, then constant or a half cosine to 0."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    decay = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.lr_decay == "cosine" else 1.0
-    return config.lr * warm * decay
-
-
-# Copied from 01_rectified_flow.py
-class EMA:
-    """Average of the weights over training, a better sampler than the last ones: a <- a + (1 - d)(w - a).
-
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
-    """
-
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    def __call__(self, *inputs):
-        return self.model(*inputs)
-
-    @torch.no_grad()
-    def update(self, model, step):
-        """One fused pass over all tensors; in place, because compiled graphs remember addresses."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+def tiny_networks(configs):
+    """VAE, U-Net and text encoder with fresh weights."""
+    return (VAE.from_config(configs["vae"]), UNet.from_config(configs["unet"]),
+            CLIPTextEncoder.from_config(configs["text_encoder"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -653,39 +671,34 @@ class EMA:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Frozen:
-    """A finished U-Net ready to sample: compiled, bf16 autocast on CUDA, float32 in and out, counting evaluations."""
-
-    def __init__(self, unet, config):
-        device = next(unet.parameters()).device
-        if device.type == "cuda" and config.compile:
-            unet.compile(dynamic=False)
-        self.unet, self.evaluations = unet.eval().requires_grad_(False), 0
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-    @torch.no_grad()
-    def __call__(self, x, timestep, text):
-        self.evaluations += len(x)
-        with self.autocast:
-            return self.unet(x, timestep, text).float()
-
-
-def carry(network, x0, text, null, solver, steps, guidance=1.0):
-    """Where a network carries the noise x0 (B, C, h, w) under the text (B, L, C): x1, after `steps` steps.
+@dataclass
+class Sampler:
+    """A U-Net and the way to draw with it: carries noise x0 (B, C, h, w) under texts (B, L, C) to latents x1.
 
     solver: "euler" for a velocity, "dpm" for a diffusion model, "ddim" for a diffusion model read as a velocity.
     guidance: 1 or less is none, as in InstaFlow's pipeline, which is told 0.
     """
-    field = guided(as_velocity(network) if solver == "euler" else network, max(1.0, guidance))
-    flow = partial(field, text=text, null=null)
-    if solver == "dpm":
-        return dpm_solver(flow, x0, steps)
-    return integrate(velocity_from_eps(flow) if solver == "ddim" else flow, x0, steps)[-1]
+    pipe: Pipeline
+    prompts: Prompts
+    unet: nn.Module
+    solver: str
+    steps: int
+    guidance: float = 1.0
+    evaluations: int = 0                                    # of the network, for all pictures together
 
+    @torch.no_grad()
+    def __call__(self, x0, text):
+        network = partial(as_velocity, self.network) if self.solver == "euler" else self.network
+        flow = partial(guided(network, max(1.0, self.guidance)), text=text, null=self.prompts.null)
+        if self.solver == "dpm":
+            return dpm_solver(flow, x0, self.steps)
+        return integrate(velocity_from_eps(flow) if self.solver == "ddim" else flow, x0, self.steps)[-1]
 
-def flow_map(network, prompts, *how):
-    """`carry` with the text that goes by the index: a function (x0 (B, C, h, w), index (B,)) -> x1."""
-    return lambda x0, index: carry(network, x0, prompts(index), prompts.null, *how)
+    def network(self, x, timestep, text):
+        """The U-Net, in bfloat16 on CUDA; its output in float32."""
+        self.evaluations += len(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            return self.unet(x, timestep, text).float()
 
 
 @torch.no_grad()
@@ -697,13 +710,20 @@ def decode_latents(vae, x1):
     return images.clamp(-1, 1)
 
 
-# Differs from 02_reflow.py: latents that are decoded, text by index
-def generate(go, vae, config, shape, device):
-    """config.eval_size pictures from the same noises for every map: (N, 3, H, W) on the CPU."""
-    seed, images = seed_for(config.seed, 999), []          # the pairs use other seeds, so these noises are new
-    for index in torch.arange(config.eval_size, device=device).split(config.shard):
-        images.append(decode_latents(vae, go(pair_noise(seed, index, shape), index)).cpu())
-    return torch.cat(images)
+def pictures(sampler, seed, text, noise, batch):
+    """Pictures (B, 3, H, W), a batch at a time.  text, noise: (N,), the numbers of the prompts and of the noises."""
+    for text, noise in zip(text.split(batch), noise.split(batch)):
+        x0 = pair_noise(seed, noise, sampler.pipe.shape)
+        yield decode_latents(sampler.pipe.vae, sampler(x0, sampler.prompts(text)))
+
+
+# Differs from 02_reflow.py: latents that are decoded, text by number
+def generate(sampler, run):
+    """config.eval_size pictures from the same noises for every sampler: (N, 3, H, W) on the CPU."""
+    compile_network(sampler.unet, run.config)
+    seed = seed_for(run.config.seed, 999)                   # the pairs use other seeds, so these noises are new
+    numbers = torch.arange(run.config.eval_size, device=run.device)
+    return torch.cat([images.cpu() for images in pictures(sampler, seed, numbers, numbers, run.config.shard)])
 
 
 class CaptionReader:
@@ -715,14 +735,15 @@ class CaptionReader:
     """
 
     def __init__(self, size, radii=9, tolerance=0.15):
-        self.size = min(size, 32)                          # larger pictures are read at this size: it shows all
+        self.size, self.tolerance = min(size, 32), tolerance            # larger pictures are read at 32: it shows all
         scale = (size - 2) * self.size / size
         half = math.ceil(0.45 * scale) + 1
         x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
         covers = [(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
                   for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, radii) * scale]
-        self.templates, self.tolerance = torch.stack(covers, dim=1), tolerance     # (4 shapes, sizes, width, width)
-        self.colours, self.grounds = (to_floats(torch.tensor(list(d.values()))) for d in (COLOURS, BACKGROUNDS))
+        self.templates = torch.stack(covers, dim=1)                                # (4 shapes, sizes, width, width)
+        self.colours = to_floats(torch.tensor(list(COLOURS.values())))             # (4, 3)
+        self.grounds = to_floats(torch.tensor(list(BACKGROUNDS.values())))
 
     def __call__(self, images):
         """(B, 3, S, S) in [-1, 1] -> B captions, "" for what shows no shape."""
@@ -738,7 +759,8 @@ class CaptionReader:
         pixels = (images - back[:, :, None, None]).flatten(2)                      # (B, 3, S S)
         covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
         off = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
-        colour, rows = off.argmin(1), torch.arange(len(images))
+        colour = off.argmin(1)
+        rows = torch.arange(len(images))
         cover = covers[rows, colour].reshape(-1, 1, *images.shape[2:])
         flat = self.templates.flatten(0, 1)[:, None]
         areas = flat.square().sum((1, 2, 3))
@@ -746,177 +768,128 @@ class CaptionReader:
         left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + off[rows, colour])[:, None]
         best = left.argmin(1)                                                      # the best place of every template
         seen = left[rows, best] < self.tolerance * areas[best]
-        words = zip(*([list(names)[j] for j in i] for names, i in (
-            (COLOURS, colour), (SHAPES, best // self.templates.shape[1]), (BACKGROUNDS, ground))))
-        return [f"a {c} {shape} on a {g} background" if ok else "" for (c, shape, g), ok in zip(words, seen)]
-
-
-def timed(function, device, seconds):
-    """function() with its wall-clock time appended to the list; a GPU is waited for on both sides."""
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    start = now()
-    result = function()
-    seconds.append(now() - start)
-    return result
-
-
-# Copied from 03_improved_training.py
-def slerp(z, w, share):
-    """From z to w (*D) along the sphere, where Gaussian noise lives: a straight mix would be too quiet."""
-    angle = torch.acos(((z * w).sum() / (z.norm() * w.norm())).clamp(max=1 - 1e-6))      # z may equal w
-    return (torch.sin((1 - share) * angle) * z + torch.sin(share * angle) * w) / torch.sin(angle)
-
-
-# Copied from 01_rectified_flow.py
-@torch.no_grad()
-def integrate(velocity, x0, steps, method="euler"):
-    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - s).
-
-    "euler": z += v/N, N evaluations.  "heun": slope averaged over both ends of a step, 2N.  "rk45": scipy's adaptive
-    solver at tolerance 1e-5, steps ignored, the whole batch one state as in [Liu+22].
-    x0: (B, *D).  Returns the path (steps + 1, B, *D), or (2, B, *D) for rk45; [0] is x0, [-1] the samples.
-    """
-    if method not in ("euler", "heun", "rk45") or steps < 1:
-        raise ValueError(f"method {method!r} must be euler, heun or rk45, and steps {steps} at least 1")
-    if method == "rk45":
-        return integrate_adaptive(velocity, x0)
-    path = [x0]
-    for i in range(steps):
-        z, t = path[-1], x0.new_full(x0.shape[:1], i / steps)
-        v = velocity(z, t)
-        if method == "heun":
-            v = (v + velocity(z + v / steps, t + 1 / steps)) / 2
-        path.append(z + v / steps)
-    return torch.stack(path)
-
-
-# Copied from 01_rectified_flow.py
-def integrate_adaptive(velocity, x0, tolerance=1e-5):
-    """Dormand-Prince 5(4) by scipy, which wants one flat float64 vector.  Returns (2, B, *D): start and end."""
-    def slope(t, flat):
-        z = torch.as_tensor(flat, dtype=x0.dtype).to(x0.device).reshape(x0.shape)
-        return velocity(z, x0.new_full(x0.shape[:1], t)).cpu().double().numpy().ravel()
-    solution = solve_ivp(slope, (0.0, 1.0), x0.cpu().double().numpy().ravel(), "RK45", rtol=tolerance, atol=tolerance)
-    if not solution.success:
-        raise UserError(f"rk45 gave up at t = {solution.t[-1]:.3f} ({solution.message}); lower --lr, add --fresh")
-    return torch.stack([x0, torch.as_tensor(solution.y[:, -1], dtype=x0.dtype).to(x0.device).reshape(x0.shape)])
-
-
-# Copied from 02_reflow.py
-class RandomFeatures(nn.Module):
-    """Seeded random convolutional features (not FID): images (B, 3, S, S) in [-1, 1] -> features (B, 96).
-
-    Four untrained 3x3 convolutions, each at half the resolution of the one before; the mean and standard deviation
-    of every channel. They rank samples of one data set; the numbers mean nothing beside anybody else's FID.
-    """
-
-    def __init__(self, channels=12, scales=4, seed=0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)  # its own: the yardstick is the same in every run
-        for i in range(scales):
-            weight = torch.randn(channels, channels if i else 3, 3, 3, generator=generator)
-            weight[3:] -= weight[3:].mean((2, 3), keepdim=True)  # sees edges; the first three channels see colour too
-            weight *= (2 / weight.square().sum((1, 2, 3), keepdim=True)).sqrt()
-            self.register_buffer(str(i), weight)
-
-    @torch.no_grad()
-    def forward(self, x):
-        features = []
-        for weight in self.buffers():
-            x = F.pad(x, (1, 1, 1, 1), mode="replicate")  # zeros would draw a frame around every picture
-            x = F.leaky_relu(F.conv2d(x, weight), 0.2)
-            features += [x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-6).sqrt()]
-            x = F.avg_pool2d(x, 2) if x.shape[-1] > 1 else x
-        return torch.cat(features, dim=1)
-
-
-# Copied from 02_reflow.py
-def moments(features):
-    """Features (N, F) -> their mean (F,) and covariance (F, F) in float64: all that a Fréchet distance looks at."""
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be (N, F) with N >= 2, got {tuple(features.shape)}")
-    features = features.cpu().double()  # the CPU first: MPS has no float64
-    centred = features - features.mean(0)
-    return features.mean(0), centred.T @ centred / (len(features) - 1)
-
-
-# Copied from 02_reflow.py
-def frechet_from_moments(mean_a, cov_a, mean_b, cov_b):
-    """|mean_a - mean_b|² + tr(cov_a + cov_b - 2 (cov_a cov_b)^½): squared Wasserstein-2 distance of two Gaussians."""
-    def root(cov):  # symmetric square root; eigenvalues that rounding made negative are zeros
-        values, vectors = torch.linalg.eigh(cov)
-        return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()
-    if not distance.isfinite():  # a diverged network has no distance; eigh would raise
-        return float("inf")
-    # tr (cov_a cov_b)^½ is the sum of the singular values of cov_a^½ cov_b^½: nothing complex, nothing singular
-    distance -= 2 * torch.linalg.svdvals(root(cov_a) @ root(cov_b)).sum()
-    return max(distance.item(), 0.0)  # equal inputs may land at -1e-15
-
-
-# Copied from 02_reflow.py
-INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-
-
-# Copied from 02_reflow.py
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-
-
-# Copied from 02_reflow.py
-def inception_features(path=None, download=False, folder="data", device="cpu"):
-    """The network of the original FID as a function: images (B, 3, S, S) in [-1, 1] -> features (B, 2048)."""
-    file = Path(path or Path(folder) / Path(INCEPTION_URL).name)
-    fetch = download and not path and not file.exists()
-    try:
-        data = urllib.request.urlopen(INCEPTION_URL, timeout=60).read() if fetch else file.read_bytes()
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"no Inception network ({error}): pass --download, or get {INCEPTION_URL} as {file}") from error
-    if hashlib.sha256(data).hexdigest() != INCEPTION_SHA256:  # before loading it: TorchScript is a program
-        where = INCEPTION_URL if fetch else file
-        raise UserError(f"{where} is broken or another file (wrong sha256): delete your copy and pass --download")
-    if fetch:
-        with replacing(file) as part:
-            part.write_bytes(data)
-    network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
-
-    @torch.no_grad()
-    def features(images):  # it wants the bytes that an image file would hold, and resizes to 299 x 299 by itself
-        return network((images * 127.5 + 128).clamp(0, 255).to(torch.uint8), return_features=True).float()
-
-    return features
-
-
-# Copied from 02_reflow.py
-def feature_moments(images, features, device, size=500):
-    """Mean and covariance of the features of uint8 or float images (N, C, H, W), in batches."""
-    chunks = (batch.to(device) for batch in images.split(size))
-    return moments(torch.cat([features(to_floats(x) if x.dtype == torch.uint8 else x).cpu() for x in chunks]))
+        captions, kind = shape_captions(), best // self.templates.shape[1]
+        number = (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground         # as shape_captions counts them
+        return [captions[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data
+# The commands `sample` and `evaluate`
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def command_line():
+    """The first word may name a command; without one the training chain runs."""
+    commands = {"sample": sample_main, "evaluate": evaluate_main}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        launch(commands[sys.argv.pop(1)], DrawConfig)
+    else:
+        launch(main, Config)
+
+
+def sample_main(config):
+    """`sample`: prompts to pictures on a contact sheet."""
+    run, count, path = Run(config, __file__), config.count or 4, Path(config.out or "sample.png")
+    if config.model and not any(text.strip() for text in config.prompt):
+        raise UserError('--prompt "..." is missing or empty: what shall be drawn?')
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:    # fails here, not after the work
+        raise UserError(f"cannot write {path}: name a picture, such as {path.stem}.png")
+    if config.negative and config.guidance <= 1:
+        print("--negative does nothing without --guidance above 1", file=sys.stderr)
+    sampler, started = open_sampler(run, [*config.prompt], few=256), time.perf_counter()
+    numbers = torch.arange(len(config.prompt) * count, device=run.device)           # the same noises for every prompt
+    drawn = pictures(sampler, seed_for(config.seed), numbers // count, numbers % count, config.batch)
+    images = torch.cat([batch.cpu() for batch in tqdm(drawn, "batches", disable=None, leave=False)])
+    columns = count if len(config.prompt) > 1 else math.ceil(count ** 0.5)
+    rows = [tile(images[i:i + columns]) for i in range(0, len(images), columns)]
+    rows = [np.pad(row, ((0, 0), (0, rows[0].shape[1] - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    with replacing(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part)
+    print(f"{len(images)} pictures in {time.perf_counter() - started:.1f} s: {path}")
+
+
+def evaluate_main(config):
+    """`evaluate`: captions to pictures; FID, CLIP score, and the time they take."""
+    run = Run(config, __file__)
+    if not config.captions:
+        raise UserError("--captions FILE, please: COCO's captions_*.json, or a text file")
+    captions = read_captions(config.captions, config.count or 5000)
+    if config.fid and not Path(config.real or "?").is_dir():
+        raise UserError(f"--fid needs --real FOLDER of real images; got {config.real or 'none'}")
+    features = inception_features(run) if config.fid else None
+    judge = CLIP(config.clip) if config.clip else None
+    sampler = open_sampler(run, captions, few=0)            # no text is kept: reading them is timed, too
+    numbers = torch.arange(len(captions), device=run.device)
+    seconds, scores, seen, clock = [], [], [], time.perf_counter()
+    for images in tqdm(pictures(sampler, seed_for(config.seed), numbers, numbers, config.batch), disable=None):
+        images = images.cpu()                               # waits for the GPU
+        seconds.append(time.perf_counter() - clock)
+        if features:
+            seen.append(resized_features(features, images.to(run.device)))
+        if judge:
+            scores += judge.score(images, captions[len(scores):len(scores) + len(images)]).tolist()
+        clock = time.perf_counter()
+    result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]], "steps": config.steps,
+              "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
+              "seconds per batch": float(np.median(seconds[len(seconds) > 1:]))}    # the first batch also warms up
+    if features:
+        real = real_features(features, config.real, run.device)
+        result["FID"] = frechet_from_moments(*moments(torch.cat(seen)), *moments(real))
+    if judge:
+        result["CLIP score"] = sum(scores) / len(scores)
+    save_json(Path(config.out or "evaluation.json"), result | surroundings(run.script))
+    print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
+
+
+def open_sampler(run, texts, few):
+    """The network of --model with what --delta and --lora add to it, ready to draw these texts."""
+    config = run.config
+    if not config.model:
+        raise UserError("--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
+    pipe = load_pipeline(config.model)
+    if pipe.configs["scheduler"].get("prediction_type") == "velocity" and config.solver == "dpm":
+        raise UserError(f"{config.model} is a velocity: use --solver euler, as --preset instaflow and 2-rf do")
+    if any(config.delta):
+        if len(config.delta) != 2:
+            raise UserError(f"--delta wants two models, FROM TO, got {len(config.delta)}")
+        merge_delta(pipe.unet, *(fetch(source, *WEIGHTS["unet"]) for source in config.delta))
+        fine_tune = load_pipeline(config.delta[1])
+        pipe.vae, pipe.text_encoder = fine_tune.vae, fine_tune.text_encoder         # it brings its own
+    for item in filter(None, config.lora):
+        path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
+        merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
+    prepare(pipe, run, (config.size * 2)[:2])
+    compile_network(pipe.unet, config)
+    prompts = Prompts(pipe, texts, config.negative, few)
+    return Sampler(pipe, prompts, pipe.unet, config.solver, config.steps, config.guidance)
+
+
+def resized_features(features, images):
+    """Features of pictures (B, 3, H, W) at 256 x 256, at which samples and real images of COCO are compared."""
+    return features(F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)).cpu()
+
+
+def real_features(features, folder, device):
+    """Features of the central squares of all images below a folder, at 256 x 256."""
+    images = (decode(path, 256) for path in sorted(Path(folder).rglob("*")))
+    rows = [features(to_floats(image[None]).to(device)).cpu() for image in images if image is not None]
+    if len(rows) < 2:
+        raise UserError(f"--real {folder}: {len(rows)} readable images are no distribution")
+    return torch.cat(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: texts, and the vocabulary of the tiny model
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_lines(path, flag):
-    """The lines of a text file that are not blank.  UserError names the first line that is no text."""
+    """The lines of a text file that are not blank."""
     try:
-        raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
-    lines = []
-    for number, line in enumerate(raw, 1):
-        try:
-            lines.append(line.decode("utf-8").strip())
-        except UnicodeDecodeError:
-            raise UserError(f"{flag} {path}, line {number}: not UTF-8 text") from None
-        if any(ord(c) < 32 and c != "\t" for c in lines[-1]):
-            raise UserError(f"{flag} {path}, line {number}: control characters; is it a text file?")
-    lines = [line for line in lines if line]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path}: not UTF-8 text") from None
+    lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise UserError(f"{flag} {path}: no prompt in it; give a text file with a prompt a line")
     return lines
@@ -930,24 +903,16 @@ def read_captions(path, count):
         first = {}
         for entry in read_json(path)["annotations"]:
             first.setdefault(entry["image_id"], entry["caption"].strip())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--captions {path}: no COCO captions ({type(error).__name__}: {error})") from None
-    if not first:
-        raise UserError(f"--captions {path}: no captions in it")
-    return list(first.values())[:count]
+        require(first, "none in it")
+        return list(first.values())[:count]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--captions {path}: no COCO captions ({one_line(error)})") from None
 
 
 def shape_captions():
     """Every caption that `shapes` can give."""
-    return [f"a {c} {shape} on a {ground} background" for c in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
-
-
-def merge_pair(parts, pair):
-    """The parts (strings) with every occurrence of the pair of neighbours joined, from left to right."""
-    joined = []
-    for part in parts:
-        joined[-1:] = ["".join(pair)] if joined and (joined[-1], part) == pair else [*joined[-1:], part]
-    return tuple(joined)
+    return [f"a {colour} {shape} on a {ground} background"
+            for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
 
 
 def write_vocabulary(texts, folder):
@@ -958,123 +923,27 @@ def write_vocabulary(texts, folder):
     """
     letters = byte_letters()
     words = [word for text in texts for word in text.lower().split()]
-    counts = {tuple([letters[b] for b in w.encode()[:-1]] + [letters[w.encode()[-1]] + "</w>"]): words.count(w)
-              for w in sorted(set(words))}
+    counts = {spell(word, letters): words.count(word) for word in sorted(set(words))}
     merges = []
     while any(len(word) > 1 for word in counts):
         pairs = Counter()
         for word, n in counts.items():
-            pairs.update({pair: n * list(zip(word, word[1:])).count(pair) for pair in zip(word, word[1:])})
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
         merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
         counts = {merge_pair(word, merges[-1]): n for word, n in counts.items()}
-    tokens = [*letters.values(), *(c + "</w>" for c in letters.values()), *("".join(pair) for pair in merges),
-              "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters.values(), *(letter + "</w>" for letter in letters.values()), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     save_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     with replacing(folder / "merges.txt") as part:
-        part.write_text("".join(f"{line}\n" for line in ["#version: 0.2", *map(" ".join, merges)]), encoding="utf-8")
+        part.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     return folder / "vocab.json", folder / "merges.txt"
 
 
-# Copied from 02_reflow.py
-def to_floats(images):
-    """Bytes 0 ... 255 to [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-# Copied from 02_reflow.py
-def to_bytes(images):
-    """[-1, 1] to the nearest byte, values outside clipped."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-# Copied from 02_reflow.py
-def to_device(images, device):
-    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return images.to(device).contiguous(memory_format=layout)
-
-
-# Copied from 02_reflow.py
-def shard_file(folder, i):
-    """Where shard i of the pairs lies."""
-    return folder / f"{i:05d}.npy"
-
-
-# Copied from 02_reflow.py
-def save_array(path, tensor):
-    """A tensor as .npy, written whole.  By way of memory: np.save to a file does not notice a disk that fills up."""
-    file = io.BytesIO()
-    np.save(file, tensor.cpu().numpy())
-    with replacing(path) as part:
-        part.write_bytes(file.getvalue())
-
-
-# Copied from 02_reflow.py
-SHAPES = ["circle", "square", "triangle", "cross"]  # the index is the label
-
-
-# Copied from 02_reflow.py
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
-
-
-# Copied from 02_reflow.py
-BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
-
-
-# Copied from 02_reflow.py
-def shape_distances(x, y, r):
-    """Offsets (x, y) from the centre -> signed distances (4, *) in pixels, < 0 inside; each shape fills [-r, r]²."""
-    wide, narrow = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    circle = (x * x + y * y).sqrt() - r
-    square = wide - 0.9 * r  # a little smaller, or it looks bigger than the others
-    triangle = torch.maximum((2 * x.abs() - y - r) / 5**0.5, wide - r)  # y points down: the tip is at (0, -r)
-    cross = torch.maximum(wide - r, narrow - 0.35 * r)
-    return torch.stack([circle, square, triangle, cross])
-
-
-# Copied from 02_reflow.py
-def shapes(n, size=32, seed=0):
-    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
-    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))  # a row per picture: picture i is free of n
-    kind, colour, ground = ((u[:, i] * len(d)).long() for i, d in enumerate((SHAPES, COLOURS, BACKGROUNDS)))
-    colours, grounds = (torch.tensor(list(d.values())).float() for d in (COLOURS, BACKGROUNDS))
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    pixel = torch.arange(size) + 0.5  # pixel centres
-    for rows in torch.arange(n).split(4096):  # bounds the memory
-        r = (size - 2) * (0.28 + 0.17 * u[rows, 3])  # half the shape's width, in pixels
-        cx, cy = (1 + r + (size - 2 - 2 * r) * u[rows, i] for i in (4, 5))  # a pixel of background on every side
-        x, y = pixel[None, None, :] - cx[:, None, None], pixel[None, :, None] - cy[:, None, None]
-        distance = shape_distances(x, y, r[:, None, None])[kind[rows], torch.arange(len(rows))]  # (rows, size, size)
-        cover = (0.5 - distance).clamp(0, 1)[:, None]  # the share of the pixel inside the shape: anti-aliasing
-        front, back = colours[colour[rows]][..., None, None], grounds[ground[rows]][..., None, None]
-        images[rows] = (back + cover * (front - back)).round().byte()
-    words = zip(*([list(d)[j] for j in i] for d, i in ((COLOURS, colour), (SHAPES, kind), (BACKGROUNDS, ground))))
-    return images, kind, [f"a {c} {shape} on a {background} background" for c, shape, background in words]
-
-
-# Copied from 02_reflow.py
-def decode(path, size):
-    """An image file of any format, colour mode and size -> uint8 (3, size, size), or None if it cannot be read."""
-    try:
-        with Image.open(path) as image:  # refuses decompression bombs
-            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG decodes faster at a fraction of its size
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # the central square
-            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except Exception:  # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
-        return None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Network
+# Network: Stable Diffusion 1.x [Rombach+22] at any size: prompt -> CLIPTokenizer -> CLIPTextEncoder -> UNet (in latents)
+# -> VAE -> picture, under the parameter names of the public diffusers-format files, which dictate how modules nest
 # ----------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion 1.x [Rombach+22] at any size, under the parameter names of the public diffusers-format checkpoints:
-# the names dictate how modules nest.  prompt -> CLIPTokenizer -> CLIPTextEncoder -> UNet (in latents) -> VAE -> picture
 
 
 class CLIPTokenizer:
@@ -1091,32 +960,40 @@ class CLIPTokenizer:
     CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
 
     def __init__(self, vocab_json, merges_txt, length=77):
-        self.length, self.truncated, self.cache = length, 0, {}
+        self.files, self.length, self.truncated = (vocab_json, merges_txt), length, 0
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+            lines = lines[1:] if lines[0].startswith("#version") else lines
+            merges = [tuple(line.split(" ")) for line in lines if line]
             self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-            if any(len(pair) != 2 for pair in merges) or not all(isinstance(n, int) for n in self.vocab.values()):
-                raise ValueError("not a vocabulary of numbers, or merges that are not pairs")
+            require(all(len(pair) == 2 for pair in merges), "merges that are not pairs")
+            require(all(isinstance(n, int) for n in self.vocab.values()), "a vocabulary of something else than numbers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"no CLIP vocabulary in {vocab_json} and {merges_txt}: {one_line(error)}") from None
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.letters = byte_letters()
+        self.letters, self.known = byte_letters(), {}
 
     def __call__(self, prompts):
         rows = [self.encode(prompt) for prompt in prompts]
         self.truncated = sum(len(row) > self.length - 2 for row in rows)
         rows = [[self.start, *row[:self.length - 2], self.end] for row in rows]
-        return torch.tensor([row + [self.end] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
+        rows = [row + [self.end] * (self.length - len(row)) for row in rows]
+        return torch.tensor(rows).reshape(-1, self.length)
 
     def encode(self, prompt):
         """One prompt of any length -> list of token numbers, without start and end."""
         numbers = []
-        for i, piece in enumerate(self.SPECIAL.split(prompt)):               # every other piece is a special token
+        for piece in self.SPECIAL.split(prompt):
+            if self.SPECIAL.fullmatch(piece):
+                numbers.append(self.vocab[piece])
+                continue
             text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
-            text = "".join(c.lower() for c in text)        # character by character: no final sigma
-            numbers += [self.vocab[piece]] if i % 2 else [n for word in self.words(text) for n in self.bpe(word)]
+            text = "".join(c.lower() for c in text)         # character by character: no final sigma
+            for word in self.words(text):
+                if word not in self.known:
+                    self.known[word] = self.merge(word)
+                numbers += self.known[word]
         return numbers
 
     def words(self, text):
@@ -1125,22 +1002,19 @@ class CLIPTokenizer:
         position = 0
         while position < len(text):
             match = self.CONTRACTION.match(text, position) or self.WORD.match(kinds, position)
-            position = match.end() if match else position + 1                # no match: a space
             if match:
-                yield text[match.start():position]
+                yield text[position:match.end()]
+            position = match.end() if match else position + 1                # no match: a space
 
-    def bpe(self, word):
+    def merge(self, word):
         """Merge the adjacent pair of lowest rank, everywhere, until none is known.  Returns token numbers."""
-        if word not in self.cache:
-            parts = [self.letters[byte] for byte in word.encode("utf-8", "replace")]
-            parts[-1] += "</w>"                                              # a word's end is part of its last token
-            while len(parts) > 1:
-                best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
-                if best not in self.ranks:
-                    break
-                parts = merge_pair(parts, best)
-            self.cache[word] = [self.vocab.get(part, self.end) for part in parts]
-        return self.cache[word]
+        parts = spell(word, self.letters)
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            if best not in self.ranks:
+                break
+            parts = merge_pair(parts, best)
+        return [self.vocab.get(part, self.end) for part in parts]
 
 
 def byte_letters():
@@ -1150,13 +1024,27 @@ def byte_letters():
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+def spell(word, letters):
+    """The bytes of a word as letters; its end is part of its last letter."""
+    parts = [letters[byte] for byte in word.encode("utf-8", "replace")]
+    return (*parts[:-1], parts[-1] + "</w>")
+
+
+def merge_pair(parts, pair):
+    """The parts (strings) with every occurrence of the pair of neighbours joined, from left to right."""
+    joined = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
 def attend(q, k, v, heads, causal=False):
     """softmax(q k' / sqrt(d)) v, d = C / heads [Vaswani+17].  q: (B, N, C);  k, v: (B, M, C).  Returns (B, N, C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))          # (B, heads, N, d)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
-
-
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 class CLIPLayer(nn.Module):
@@ -1164,8 +1052,10 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, width, heads, inner, act, causal=True):
         super().__init__()
-        self.heads, self.act, self.causal = heads, ACTIVATIONS[act], causal
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        require(act in ("quick_gelu", "gelu") and width % heads == 0, f"activation {act}, {width} channels, {heads} heads")
+        self.heads, self.act, self.causal = heads, act, causal
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm2 = nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
@@ -1173,7 +1063,9 @@ class CLIPLayer(nn.Module):
         h = self.layer_norm1(x)
         q, k, v = (self.self_attn[f"{name}_proj"](h) for name in "qkv")
         x = x + self.self_attn["out_proj"](attend(q, k, v, self.heads, self.causal))
-        return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x))))
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        h = h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h)
+        return x + self.mlp["fc2"](h)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -1181,10 +1073,11 @@ class CLIPTextEncoder(nn.Module):
 
     Stable Diffusion reads the states of all tokens, padding included, after the final norm.
     """
+    names = dict(vocab="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+                 length="max_position_embeddings", inner="intermediate_size", act="hidden_act")
 
     def __init__(self, vocab=49408, width=768, layers=12, heads=12, length=77, inner=3072, act="quick_gelu"):
         super().__init__()
-        require(act in ACTIVATIONS and width % heads == 0, f"activation {act}, {width} channels in {heads} heads")
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
                                          "position_embedding": nn.Embedding(length, width)}),
@@ -1195,10 +1088,8 @@ class CLIPTextEncoder(nn.Module):
     @classmethod
     def from_config(cls, config):
         """From the dictionary in text_encoder/config.json; it holds much else, which is ignored."""
-        names = dict(vocab="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-                     length="max_position_embeddings", inner="intermediate_size", act="hidden_act")
         fixed = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-        return build(cls, {k: v for k, v in config.items() if k in {*names.values(), *fixed}}, names, fixed)
+        return build(cls, {k: v for k, v in config.items() if k in {*cls.names.values(), *fixed}}, fixed)
 
     def forward(self, tokens):
         embeddings = self.text_model["embeddings"]
@@ -1222,8 +1113,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, groups, eps, time=0):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), conv(c_in, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), conv(c_out, c_out)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = conv(c_in, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = conv(c_out, c_out)
         if time:
             self.time_emb_proj = nn.Linear(time, c_out)
         if c_in != c_out:
@@ -1245,7 +1138,8 @@ class Attention(nn.Module):
         require(width % heads == 0, f"{width} channels in {heads} heads")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias)
-        self.to_k, self.to_v = (nn.Linear(context or width, width, bias) for _ in range(2))
+        self.to_k = nn.Linear(context or width, width, bias)
+        self.to_v = nn.Linear(context or width, width, bias)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x, context=None):
@@ -1265,32 +1159,22 @@ class PixelAttention(Attention):
         return x + super().forward(h).transpose(1, 2).reshape(x.shape)
 
 
-class GEGLU(nn.Module):
-    """value * gelu(gate), both linear in x [Shazeer 2020].  (B, N, width) -> (B, N, inner)."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
 class TransformerBlock(nn.Module):
     """Pixels look at each other (attn1), at the text (attn2), and think (ff).  (B, N, width), (B, M, context)."""
 
     def __init__(self, width, heads, context):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, context)
-        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-        self.ff = nn.ModuleDict({"net": net})
+        self.attn1 = Attention(width, heads)
+        self.attn2 = Attention(width, heads, context)
+        twice = nn.ModuleDict({"proj": nn.Linear(width, 2 * 4 * width)})
+        self.ff = nn.ModuleDict({"net": nn.ModuleList([twice, nn.Identity(), nn.Linear(4 * width, width)])})
 
     def forward(self, x, text):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff["net"](self.norm3(x))
+        value, gate = self.ff["net"][0]["proj"](self.norm3(x)).chunk(2, dim=-1)
+        return x + self.ff["net"][2](value * F.gelu(gate))                   # GEGLU [Shazeer 2020]
 
 
 class Transformer(nn.Module):
@@ -1298,7 +1182,8 @@ class Transformer(nn.Module):
 
     def __init__(self, width, heads, context, groups):
         super().__init__()
-        self.norm, self.proj_in = nn.GroupNorm(groups, width, 1e-6), conv(width, width, 1)
+        self.norm = nn.GroupNorm(groups, width, 1e-6)
+        self.proj_in = conv(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, context)])
         self.proj_out = conv(width, width, 1)
 
@@ -1308,41 +1193,35 @@ class Transformer(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Half the size by a strided convolution.  padding: (left, right, top, bottom); the VAE pads on two sides only."""
+class Resize(nn.Module):
+    """Half the size by a strided convolution; or, without padding, twice the size, or (H, W), by repeating pixels.
 
-    def __init__(self, width, padding):
+    padding: (left, right, top, bottom); the VAE pads on two sides only.
+    """
+
+    def __init__(self, width, padding=None):
         super().__init__()
-        self.padding, self.conv = padding, nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding))
-
-
-class Upsample(nn.Module):
-    """Twice the size, or the size (H, W), by repeating pixels, then a convolution."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = conv(width, width)
+        self.padding = padding
+        self.conv = nn.Conv2d(width, width, 3, stride=2) if padding else conv(width, width)
 
     def forward(self, x, size=None):
+        if self.padding:
+            return self.conv(F.pad(x, self.padding))
         return self.conv(F.interpolate(x, size=size or [2 * side for side in x.shape[2:]]))
 
 
 class Stage(nn.Module):
     """One resolution: ResBlocks, each followed by an attention as long as there are any, then perhaps a resize.
 
-    widths: channels into each ResBlock;  width: out of each;  resnet: (c_in, c_out) -> ResBlock;
-    resize: Downsample, Upsample or None.
+    widths: channels into each ResBlock;  width: out of each;  resnet: (c_in, c_out) -> ResBlock.
     """
 
     def __init__(self, widths, width, resnet, attentions=(), resize=None):
         super().__init__()
         self.resnets = nn.ModuleList(resnet(c_in, width) for c_in in widths)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([resize] if isinstance(resize, Downsample) else [])
-        self.upsamplers = nn.ModuleList([resize] if isinstance(resize, Upsample) else [])
+        self.downsamplers = nn.ModuleList([resize] if resize and resize.padding else [])
+        self.upsamplers = nn.ModuleList([resize] if resize and not resize.padding else [])
 
     def layer(self, j, x, temb=None, text=None):
         """ResBlock j and its attention."""
@@ -1357,10 +1236,11 @@ class Stage(nn.Module):
         return x
 
 
-def run(checkpointing, function, *inputs):
-    """function(*inputs); with checkpointing its inner activations are not kept but computed again for the gradient."""
-    recompute = checkpointing and torch.is_grad_enabled()
-    return checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs)
+def recompute(wanted, function, *inputs):
+    """function(*inputs); if wanted, its inner activations are not kept but computed again for the gradient."""
+    if wanted and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 # Differs from 02_reflow.py: Stable Diffusion's, which reads text
@@ -1370,34 +1250,39 @@ class UNet(nn.Module):
     channels: width of each resolution;  layers: ResBlocks of each;  attention: which of them read the text.
     checkpointing = True trades a third more time for most of the activations' memory.
     """
+    names = dict(channels="block_out_channels", layers="layers_per_block", heads="attention_head_dim",     # sic
+                 context="cross_attention_dim", in_channels="in_channels", out_channels="out_channels",
+                 groups="norm_num_groups", attention="down_block_types")
 
     def __init__(self, channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
                  context=768, in_channels=4, out_channels=4, groups=32):
         super().__init__()
         require(len(channels) == len(attention) and channels[0] % 2 == 0, f"channels {channels}, attention {attention}")
-        self.checkpointing, time, width, last = False, 4 * channels[0], channels[0], len(channels) - 1
+        self.checkpointing = False
+        width, time, last = channels[0], 4 * channels[0], len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-5, time=time)
         transformer = partial(Transformer, heads=heads, context=context, groups=groups)
         self.conv_in = conv(in_channels, width)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time), "linear_2": nn.Linear(time, time)})
         self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [width]
         for i, (c, reads) in enumerate(zip(channels, attention)):
-            widths, resize = [width] + [c] * (layers - 1), Downsample(c, (1, 1, 1, 1)) if i < last else None
+            widths = [width] + [c] * (layers - 1)
+            resize = Resize(c, padding=(1, 1, 1, 1)) if i < last else None
             self.down_blocks.append(Stage(widths, c, resnet, [transformer(c) for _ in widths if reads], resize))
-            skips, width = skips + [c] * (layers + (i < last)), c
+            skips += [c] * (layers + (i < last))
+            width = c
         self.mid_block = Stage([width, width], width, resnet, [transformer(width)])
         for i, (c, reads) in reversed(list(enumerate(zip(channels, attention)))):
-            widths, resize = [h + skips.pop() for h in [width] + [c] * layers], Upsample(c) if i else None
+            widths = [h + skips.pop() for h in [width] + [c] * layers]
+            resize = Resize(c) if i > 0 else None
             self.up_blocks.append(Stage(widths, c, resnet, [transformer(c) for _ in widths if reads], resize))
             width = c
-        self.conv_norm_out, self.conv_out = nn.GroupNorm(groups, width, 1e-5), conv(width, out_channels)
+        self.conv_norm_out = nn.GroupNorm(groups, width, 1e-5)
+        self.conv_out = conv(width, out_channels)
 
     @classmethod
     def from_config(cls, config):
         """From the dictionary in unet/config.json.  UserError for what only other U-Nets have."""
-        names = dict(channels="block_out_channels", layers="layers_per_block", heads="attention_head_dim",     # sic
-                     context="cross_attention_dim", in_channels="in_channels", out_channels="out_channels",
-                     groups="norm_num_groups", attention="down_block_types")
         kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
         down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
         if not isinstance(down, list) or not set(map(str, down)) <= set(kinds):
@@ -1407,20 +1292,21 @@ class UNet(nn.Module):
                      conv_out_kernel=3, time_embedding_type="positional", transformer_layers_per_block=1,
                      resnet_time_scale_shift="default", resnet_out_scale_factor=1, attention_type="default",
                      up_block_types=[kind.replace("Down", "Up") for kind in reversed(down)])
-        config = {k: v for k, v in config.items() if k not in ("sample_size", "addition_embed_type_num_heads")}
-        return build(cls, config | {"down_block_types": [kinds[kind] for kind in down]}, names, fixed)
+        return build(cls, config | {"down_block_types": [kinds[kind] for kind in down]}, fixed)
 
     def embed(self, timestep):
         """cos and sin of the timestep at frequencies 1 ... 1/10000, through an MLP.  (B,) -> (B, 4 channels[0])."""
         first, second = self.time_embedding["linear_1"], self.time_embedding["linear_2"]
-        half = first.in_features // 2                      # float32 even if the network is not, in the public order
+        half = first.in_features // 2                       # float32 even if the network is not, in the public order
         exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep.float()[:, None] * exponents.exp()
         return second(F.silu(first(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))))
 
     def body(self, h, timestep, text):
         """All between conv_in and the output head: features (B, channels[0], h, w) -> the same."""
-        temb, skips, layer = self.embed(timestep), [h], partial(run, self.checkpointing)
+        layer = partial(recompute, self.checkpointing)
+        temb = self.embed(timestep)
+        skips = [h]
         for stage in self.down_blocks:
             for j in range(len(stage.resnets)):
                 skips.append(h := layer(stage.layer, j, h, temb, text))
@@ -1431,7 +1317,7 @@ class UNet(nn.Module):
             for j in range(len(stage.resnets)):
                 h = layer(stage.layer, j, torch.cat([h, skips.pop()], dim=1), temb, text)
             for resize in stage.upsamplers:
-                h = resize(h, skips[-1].shape[2:])         # twice the size, unless halving had to round up
+                h = resize(h, skips[-1].shape[2:])          # twice the size, unless halving had to round up
         return h
 
     def head(self, h):
@@ -1443,18 +1329,19 @@ class UNet(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """InstaFlow-1.7B's network [Liu+23 app. B]: the features of U-Net a enter b in place of b's conv_in's output.
+    """InstaFlow-1.7B's network [Liu+24 app. B]: the features of U-Net a enter b in place of b's conv_in's output.
 
     Inputs and output as UNet's.  a's output head and b's conv_in, the "In + Out block", are gone; nothing is shared.
-    It takes over the U-Nets it is given; without the second, b starts as a copy of a.  checkpointing: as UNet's.
+    a and b are copies of the U-Nets that it is given, both of the first if there is no second.
     """
 
     def __init__(self, unet_a=None, unet_b=None):
         super().__init__()
-        self.checkpointing, self.a = False, unet_a or UNet()
-        self.b = unet_b or copy.deepcopy(self.a)
+        self.a = copy.deepcopy(unet_a or UNet())
+        self.b = copy.deepcopy(unet_b or self.a)
+        self.checkpointing = self.a.checkpointing
         width_a, width_b = self.a.conv_in.out_channels, self.b.conv_in.out_channels
-        require(self.a is not self.b and width_a == width_b, f"one U-Net twice, or {width_a} and {width_b} channels")
+        require(width_a == width_b, f"{width_a} and {width_b} channels")
         del self.a.conv_norm_out, self.a.conv_out, self.b.conv_in
 
     @classmethod
@@ -1473,14 +1360,15 @@ class Coder(nn.Module):
 
     def __init__(self, c_in, c_out, first, last, groups, down=(), middle=None, up=()):
         super().__init__()
-        self.conv_in, self.down_blocks, self.mid_block = conv(c_in, first), nn.ModuleList(down), middle
-        self.up_blocks, self.conv_norm_out = nn.ModuleList(up), nn.GroupNorm(groups, last, 1e-6)
+        self.conv_in = conv(c_in, first)
+        self.down_blocks, self.mid_block, self.up_blocks = nn.ModuleList(down), middle, nn.ModuleList(up)
+        self.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
         self.conv_out = conv(last, c_out)
 
-    def forward(self, x, checkpointing=False):
+    def forward(self, x, checkpointing):
         x = self.conv_in(x)
         for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            x = run(checkpointing, stage, x)
+            x = recompute(checkpointing, stage, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -1490,32 +1378,37 @@ class VAE(nn.Module):
     encode gives mean and log-variance of q(z | x), decode takes z.  Diffusion runs in scale * z, which has unit
     variance.  checkpointing: as UNet's; it matters where a loss looks at decoded pictures.
     """
+    names = dict(channels="block_out_channels", layers="layers_per_block", latent="latent_channels",
+                 groups="norm_num_groups", scale="scaling_factor")
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4, groups=32, scale=0.18215):
         super().__init__()
         require(0 < scale < math.inf, f"scale {scale}")
-        self.scale, self.checkpointing, top, first = scale, False, channels[-1], channels[0]
-        resnet, last = partial(ResBlock, groups=groups, eps=1e-6), len(channels) - 1
-        down = [Stage([channels[max(i - 1, 0)]] + [c] * (layers - 1), c, resnet,
-                      resize=Downsample(c, (0, 1, 0, 1)) if i < last else None) for i, c in enumerate(channels)]
-        up = [Stage([channels[min(i + 1, last)]] + [c] * layers, c, resnet, resize=Upsample(c) if i else None)
-              for i, c in reversed(list(enumerate(channels)))]
+        self.scale, self.checkpointing = scale, False
+        first, top, last = channels[0], channels[-1], len(channels) - 1
+        resnet = partial(ResBlock, groups=groups, eps=1e-6)
+        down, up = [], []
+        for i, c in enumerate(channels):
+            resize = Resize(c, padding=(0, 1, 0, 1)) if i < last else None
+            down.append(Stage([channels[max(i - 1, 0)]] + [c] * (layers - 1), c, resnet, resize=resize))
+        for i, c in reversed(list(enumerate(channels))):
+            resize = Resize(c) if i > 0 else None
+            up.append(Stage([channels[min(i + 1, last)]] + [c] * layers, c, resnet, resize=resize))
         middles = [Stage([top, top], top, resnet, [PixelAttention(top, groups)]) for _ in range(2)]
         self.encoder = Coder(3, 2 * latent, first, top, groups, down=down, middle=middles[0])
         self.decoder = Coder(latent, 3, top, first, groups, middle=middles[1], up=up)
-        self.quant_conv, self.post_quant_conv = conv(2 * latent, 2 * latent, 1), conv(latent, latent, 1)
+        self.quant_conv = conv(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = conv(latent, latent, 1)
 
     @classmethod
     def from_config(cls, config):
         """From the dictionary in vae/config.json.  UserError for what only other VAEs have."""
-        names = dict(channels="block_out_channels", layers="layers_per_block", latent="latent_channels",
-                     groups="norm_num_groups", scale="scaling_factor")
         channels = config.get("block_out_channels")
         levels = len(channels) if isinstance(channels, list) else 4
-        fixed = dict(act_fn="silu", in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * levels,
-                     up_block_types=["UpDecoderBlock2D"] * levels, use_quant_conv=True, use_post_quant_conv=True,
-                     mid_block_add_attention=True)
-        return build(cls, {k: v for k, v in config.items() if k not in ("sample_size", "force_upcast")}, names, fixed)
+        return build(cls, config, dict(
+            act_fn="silu", in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels, use_quant_conv=True, use_post_quant_conv=True,
+            mid_block_add_attention=True))
 
     def encode(self, x):
         """Mean and log-variance of the latents, each (B, latent, H/8, W/8)."""
@@ -1527,39 +1420,13 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z), self.checkpointing)
 
 
-def require(condition, message):
-    """ValueError with this message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def build(cls, config, names, fixed):
-    """cls from a public config.  names: argument -> key;  fixed: key -> its one possible value.  Others must be off."""
-    for key, value in config.items():
-        off = key in names.values() or key.startswith("_") or not value
-        if not (value == fixed[key] if key in fixed else off):
-            raise UserError(f"{cls.__name__} has no {key} = {value!r}")
-    try:
-        require(all(plausible(key, config.get(key)) for key in names.values()), "a number is out of any range")
-        return cls(**{name: config[key] for name, key in names.items() if key in config})
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
-
-
-def plausible(key, value):
-    """Whether a number from somebody's file can be a setting: with 10^12 layers, building would not come to an end."""
-    if not isinstance(value, (int, float)):
-        return True
-    return not isinstance(value, bool) and 0 < value <= (100 if "layers" in key else 2 ** 20)
-
-
 class CLIP(CLIPTextEncoder):
     """CLIP [Radford+21] with its image tower: pictures and texts -> vectors of length one in a common space."""
+    image_names = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+                       inner="intermediate_size", act="hidden_act", size="image_size", patch="patch_size")
 
-    def __init__(self, text, image, size, patch, dim):
+    def __init__(self, text, dim=512, width=768, layers=12, heads=12, inner=3072, act="quick_gelu", size=224, patch=32):
         super().__init__(**text)
-        width, layers, heads, inner, act = (image[name] for name in ("width", "layers", "heads", "inner", "act"))
-        require(width % heads == 0, f"{width} channels in {heads} heads")
         self.vision_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"patch_embedding": nn.Conv2d(3, width, patch, patch, bias=False),
                                          "position_embedding": nn.Embedding((size // patch) ** 2 + 1, width)}),
@@ -1568,7 +1435,7 @@ class CLIP(CLIPTextEncoder):
                 CLIPLayer(width, heads, inner, act, causal=False) for _ in range(layers))})})
         self.vision_model["embeddings"].register_parameter("class_embedding", nn.Parameter(torch.zeros(width)))
         self.visual_projection = nn.Linear(width, dim, bias=False)
-        self.text_projection = nn.Linear(text["width"], dim, bias=False)
+        self.text_projection = nn.Linear(self.text_model["final_layer_norm"].normalized_shape[0], dim, bias=False)
         self.logit_scale, self.size = nn.Parameter(torch.zeros(())), size
 
     @classmethod
@@ -1576,33 +1443,23 @@ class CLIP(CLIPTextEncoder):
         """From config.json and model.safetensors (or pytorch_model.bin) of a public checkpoint, with its tokenizer."""
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        try:                                               # files leave out what equals the format's defaults
-            base = dict(num_hidden_layers=12, hidden_act="quick_gelu")
-            written = base | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408,
-                                  max_position_embeddings=77) | config["text_config"]
-            seen = base | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224,
-                               patch_size=32) | config["vision_config"]
-            text, image = (dict(width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-                                inner=c["intermediate_size"], act=c["hidden_act"]) for c in (written, seen))
-            text |= dict(vocab=written["vocab_size"], length=written["max_position_embeddings"])
-            numbers = [*text.items(), *image.items(), *((key, seen[key]) for key in ("image_size", "patch_size"))]
-            require(all(plausible(*pair) for pair in numbers), "a number is out of any range")
-            model = cls(text, image, seen["image_size"], seen["patch_size"], config.get("projection_dim", 512))
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        try:                                                # files leave out what equals the format's defaults
+            defaults = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+            text = arguments(defaults | config["text_config"], cls.names)
+            model = cls(text, config.get("projection_dim", 512), **arguments(config["vision_config"], cls.image_names))
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{folder}/config.json describes no CLIP with two towers: {one_line(error)}") from None
-        weights = folder / "model.safetensors"
-        load_weights(model, weights if weights.exists() else folder / "pytorch_model.bin")
-        tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", text["length"])
-        return model.eval().requires_grad_(False), tokenizer
+        load_weights(model, fetch(folder, "model.safetensors", "pytorch_model.bin"))
+        model.tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", text.get("length", 77))
+        return model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def embed_images(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, dim): the central square, resized, normalised as in training, class token."""
-        side, device = min(images.shape[2:]), images.device
-        images = torchvision.transforms.functional.center_crop(images, side)
+        images = torchvision.transforms.functional.center_crop(images, min(images.shape[2:]))
         images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-        mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device)[:, None, None]
-        std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device)[:, None, None]
+        mean = images.new_tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
+        std = images.new_tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
         vision, embeddings = self.vision_model, self.vision_model["embeddings"]
         x = embeddings["patch_embedding"]((images - mean) / std).flatten(2).transpose(1, 2)
         x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
@@ -1612,122 +1469,63 @@ class CLIP(CLIPTextEncoder):
         return F.normalize(self.visual_projection(vision["post_layernorm"](x[:, 0])), dim=1)
 
     @torch.no_grad()
-    def embed_texts(self, tokens, end):
+    def embed_texts(self, tokens):
         """(B, L) -> (B, dim): the state of the first end token has seen the whole text."""
-        states = self(tokens)[torch.arange(len(tokens)), (tokens == end).int().argmax(1)]
+        states = self(tokens)[torch.arange(len(tokens)), (tokens == self.tokenizer.end).int().argmax(1)]
         return F.normalize(self.text_projection(states), dim=1)
 
+    def score(self, images, captions):
+        """Cosines (B,) of pictures (B, 3, H, W) and their captions."""
+        return (self.embed_images(images) * self.embed_texts(self.tokenizer(captions))).sum(1)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-# ----------------------------------------------------------------------------------------------------------------------
+
+def require(condition, message):
+    """ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
-def draw_grid(columns, texts, folder, each=3, rows=8):
-    """Prompts by networks: `each` pictures a cell, from the same noises along a row.
+def build(cls, config, fixed):
+    """cls from a public config.  fixed: key -> its one possible value;  what cls.names does not know must be off."""
+    without_effect = ("sample_size", "force_upcast", "addition_embed_type_num_heads")
+    for key, value in config.items():
+        off = key in cls.names.values() or key in without_effect or key.startswith("_") or not value
+        if not (value == fixed[key] if key in fixed else off):
+            raise UserError(f"{cls.__name__} has no {key} = {value!r}")
+    try:
+        return cls(**arguments(config, cls.names))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
 
-    columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
+
+def arguments(config, names):
+    """The arguments of a constructor from a public config.  names: argument -> key.
+
+    ValueError for numbers that are no setting: with 10^12 layers, building would not come to an end.
     """
-    last = min(len(texts), len(next(iter(columns.values())))) - 1
-    chosen = [round(i * last / max(1, min(rows, last + 1) - 1)) for i in range(min(rows, last + 1))]
-    figure, axes = new_figure(len(columns), len(chosen), size=1.0)
-    figure.set_size_inches(1.3 * each * 0.5 * len(columns) + 2.4, 0.66 * len(chosen) + 0.6)
-    for (heading, images), column in zip(columns.items(), axes.T):
-        for i, panel in zip(chosen, column):
-            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
-            panel.set_xticks([]), panel.set_yticks([]), panel.spines[:].set_visible(False)
-        column[0].set_title(heading, fontsize=9)
-    for i, panel in zip(chosen, axes[:, 0]):
-        label = texts[i] if len(texts[i]) <= 60 else texts[i][:57] + "..."
-        panel.set_ylabel("\n".join(textwrap.wrap(label, 20)), rotation=0, ha="right", va="center", fontsize=8)
-    save_figure(figure, folder / "grid.png")
-
-
-# Differs from 02_reflow.py: accuracy and Frechet distance of every network
-def draw_quality(results, label, folder):
-    """Caption accuracy (if the prompts have one) and Frechet distance: a bar per network, a dot per seed."""
-    kinds = [(key, name) for key, name in (("accuracy", "caption accuracy"), ("FD", label))
-             if all(row[key] is not None for rows in results.values() for row in rows)]
-    figure, axes = new_figure(len(kinds), size=4.5)
-    for panel, (key, name) in zip(axes[0], kinds):
-        for i, rows in enumerate(results.values()):
-            values = [row[key] for row in rows]
-            panel.barh(i, np.mean(values), 0.6, color=f"C{i}", alpha=0.5)
-            panel.plot(values, [i] * len(values), "o", color=f"C{i}", markersize=5)
-            panel.annotate(f"{np.mean(values):.3f}", (max(values), i), (6, 0), textcoords="offset points", va="center")
-        panel.set_yticks(range(len(results)), list(results) if panel is axes[0, 0] else [""] * len(results))
-        panel.set(xlabel="\n".join(textwrap.wrap(name, 50)), xscale="log" if key == "FD" else "linear")
-        panel.invert_yaxis()
-        panel.tick_params(axis="x", which="minor", labelbottom=False)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.set_size_inches(4.5 * len(kinds) + 1.5, 0.5 * len(results) + 1)
-    save_figure(figure, folder / "quality.png")
-
-
-def contact_sheet(images, columns):
-    """Pictures (N, 3, H, W) in [-1, 1] in rows of `columns` -> a Pillow image, a white line between them."""
-    rows = [tile(images[i:i + columns]) for i in range(0, len(images), columns)]
-    rows = [np.pad(row, ((0, 0), (0, rows[0].shape[1] - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    return Image.fromarray(np.concatenate(rows))
-
-
-def picture_format(path):
-    """Pillow's name of the format that the suffix of a file asks for; UserError if there is none."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"cannot write {path}: name a picture, such as {Path(path).stem or 'sample'}.png")
-    return kind
-
-
-def save_picture(image, path, **options):
-    """A Pillow image, written whole; the suffix of the name is the format."""
-    with replacing(path) as part:
-        image.save(part, format=picture_format(path), **options)
-
-
-# Copied from 01_rectified_flow.py
-def new_figure(columns, rows=1, size=4.0):
-    """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
-    from matplotlib.figure import Figure                   # here: training does not need it
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
-
-
-# Copied from 01_rectified_flow.py
-def save_figure(figure, path):
-    """Write the file whole or not at all."""
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, bbox_inches="tight")
-
-
-# Copied from 02_reflow.py
-def tile(images):
-    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
-    images = torch.nn.functional.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
-    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
+    for key in names.values():
+        value, most = config.get(key), 100 if "layers" in key else 2 ** 20
+        require(not isinstance(value, (int, float)) or value is not True and 0 < value <= most,
+                f"{key} = {value} is out of any range")
+    return {name: config[key] for name, key in names.items() if key in config}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing (foreign weights first, then what is copied from chapters 1 to 3)
+# Files: safetensors, pipelines in the layout of diffusers, LoRA
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def one_line(error):
-    """An exception, or a name from somebody's file, as part of a one-line message."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def first_three(names):
-    """'7 (a, b, c, ...)'"""
-    names = sorted(names)
-    return f"{len(names)} ({', '.join(map(one_line, names[:3]))}{', ...' * (len(names) > 3)})"
-
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = {"text_encoder": ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+           "unet": tuple(f"unet/{name}" for name in DIFFUSERS), "vae": tuple(f"vae/{name}" for name in DIFFUSERS)}
+
+
+def one_line(error):
+    """An exception as part of a one-line message."""
+    return " ".join(f"{error or type(error).__name__}".split())[:200]
 
 
 def load_safetensors(path):
@@ -1756,14 +1554,12 @@ def load_safetensors(path):
 
 def tensor_at(data, entry):
     """The view of uint8 data (N,) that a header entry describes.  ValueError and the like if it describes nonsense."""
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    require(dtype in DTYPES, f"unknown dtype {dtype}")
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     require(0 <= begin <= end <= len(data), f"offsets {begin}, {end} lie outside the {len(data)} bytes of data")
     require(len(shape) <= 64 and all(isinstance(side, int) and 0 <= side < 2 ** 63 for side in shape), "bad shape")
-    size = DTYPES[dtype].itemsize
-    require(math.prod(shape) * size == end - begin, f"shape {shape} of {dtype} does not fill {end - begin} bytes")
+    require(math.prod(shape) * dtype.itemsize == end - begin, f"shape {shape} does not fill {end - begin} bytes")
     view = data[begin:end]
-    return (view.clone() if view.storage_offset() % size else view).view(DTYPES[dtype]).reshape(shape)
+    return (view.clone() if view.storage_offset() % dtype.itemsize else view).view(dtype).reshape(shape)
 
 
 def save_safetensors(path, tensors):
@@ -1788,12 +1584,10 @@ def read_tensors(path):
         return load_safetensors(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                             # torch.load has no common class for broken files
+        require(all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()), "no tensors")
+        return tensors
+    except Exception as error:                              # torch.load has no common class for broken files
         raise UserError(f"{path} holds no readable weights: {one_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                                                for name, tensor in tensors.items()):
-        raise UserError(f"{path} holds something else than a dictionary of tensors")
-    return tensors
 
 
 def read_state(module, path):
@@ -1807,12 +1601,11 @@ def read_state(module, path):
         name = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: old[m[0]], name)
         if not name.endswith("position_ids"):
             state[name if name in want or "text_model." + name not in want else "text_model." + name] = tensor
-    wrong = {"missing": want.keys() - state.keys(), "unknown": state.keys() - want.keys(),
-             "of another shape": [name for name in want.keys() & state.keys() if want[name].shape != state[name].shape],
-             "of whole numbers": [name for name, tensor in state.items() if not tensor.is_floating_point()]}
-    if any(wrong.values()):
-        found = "; ".join(f"{kind}: {first_three(names)}" for kind, names in wrong.items() if names)
-        raise UserError(f"{path} does not fit {type(module).__name__}: {found}")
+    wrong = [name for name in sorted(want.keys() | state.keys()) if name not in want or name not in state
+             or want[name].shape != state[name].shape or not state[name].is_floating_point()]
+    if wrong:
+        raise UserError(f"{path} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, of "
+                        f"another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
     return state
 
 
@@ -1835,83 +1628,64 @@ def merge_lora(modules, path, scale=1.0):
     """
     layers = {f"lora_{prefix}_{name.replace('.', '_')}": layer.weight for prefix, module in modules.items()
               for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    tensors, parts = read_tensors(path), ("lora_up.weight", "lora_down.weight", "alpha")
-    found = {name.split(".")[0] for name in tensors}
-    known = {f"{layer}.{part}" for layer in found & layers.keys() for part in parts}
-    wrong = tensors.keys() - known or known - tensors.keys() - {f"{layer}.alpha" for layer in found}
-    if wrong or not found:
-        raise UserError(f"{path} is no LoRA in Kohya's naming (lora_unet_...); keys without a layer or without their "
-                        f"other half: {first_three(wrong)}")
-    pairs = {name: [tensors[f"{name}.{part}"].float() for part in parts[:2]] for name in found}
-    wrong = [name for name, (up, down) in pairs.items() if not fits(layers[name], up, down)
-             or tensors.get(f"{name}.alpha", up[:1, :1]).numel() != 1]
-    if wrong:
-        raise UserError(f"{path}: shapes that do not fit the layer: {first_three(wrong)}")
+    tensors, deltas = read_tensors(path), {}
+    for key in sorted(tensors):
+        name, _, part = key.partition(".")
+        try:
+            require(part in ("lora_up.weight", "lora_down.weight", "alpha"), "unknown")
+            if name not in deltas:
+                up, down = (tensors[f"{name}.lora_{side}.weight"].float().flatten(1) for side in ("up", "down"))
+                alpha = float(tensors.get(f"{name}.alpha", len(down)))
+                deltas[name] = scale * alpha / len(down) * up @ down         # (out, rank) (rank, in [kh kw])
+                require(deltas[name].shape == layers[name].flatten(1).shape, "another shape")
+        except (ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"{path} is no LoRA of this model in Kohya's naming: {one_line(key)} ({one_line(error)})") from None
+    if not deltas:
+        raise UserError(f"{path} is no LoRA: it is empty")
     with torch.no_grad():
-        for name, (up, down) in pairs.items():
-            factor = scale * float(tensors.get(f"{name}.alpha", len(down))) / len(down)
-            delta = factor * up.flatten(1) @ down.flatten(1)                 # (out, rank) (rank, in [kh kw])
+        for name, delta in deltas.items():
             layers[name] += delta.reshape(layers[name].shape).to(layers[name])
-    return len(pairs)
-
-
-def fits(weight, up, down):
-    """Is up (out, rank) times down (rank, in, kernel) of the weight's shape?  Either may carry a 1x1 kernel."""
-    shapes = [t.shape[:2] if t.shape[2:] == (1, 1) else t.shape for t in (weight, up, down)]
-    return len(shapes[1]) == 2 and len(shapes[2]) >= 2 and 0 < len(down) == shapes[1][1] and (
-        shapes[0] == shapes[1][:1] + shapes[2][1:])
+    return len(deltas)
 
 
 def merge_delta(unet, base, target, scale=1.0):
     """Carry a fine-tune over: W += scale * (W_target - W_base), the files of the fine-tune and of what it began as."""
     base, target = read_state(unet, base), read_state(unet, target)
     with torch.no_grad():
-        for name, weight in unet.state_dict().items():     # its tensors are the weights themselves
+        for name, weight in unet.state_dict().items():      # its tensors are the weights themselves
             weight += (scale * (target[name].float() - base[name].float())).to(weight)
 
 
-def download(url, path):
-    """Fetch url to path, whole or not at all; returns False if the server has no such file.  UserError otherwise.
-
-    What has arrived is kept in *.part.  The next call asks for the rest; a server may send the whole again instead.
-    """
-    path, part = Path(path), Path(f"{path}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            start = start if reply.status == 206 else 0
-            size = start + int(reply.headers["Content-Length"]) if reply.headers["Content-Length"] else None
-            bar = tqdm(desc=path.name, total=size, initial=start, unit="B", unit_scale=True, disable=None)
-            with bar, open(part, "ab" if start else "wb") as file:
-                while chunk := reply.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if size not in (None, part.stat().st_size):
-            raise OSError(f"broke off at {part.stat().st_size} of {size} bytes")
-        os.replace(part, path)
-        return True
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:                    # the part is no beginning of this file
-            part.unlink()
-            return download(url, path)
-        if error.code == 404:
-            return False
-        raise UserError(f"{url}: {error}; is the name right, and the model public?") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"{url}: {one_line(error)}; the same command continues from here") from None
-
-
-def find_file(folder, repo, base, *names):
-    """The first of these files that is in the folder, or else in the repository, from where it is fetched."""
+def fetch(source, *names):
+    """The first of these files in the folder `source`, or in the repository owner/name, which runs/cache keeps."""
+    folder, found, hub = Path(source), Path(source).is_dir(), os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if not found:
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+            raise UserError(f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
+        folder = Path("runs/cache") / str(source).replace("/", "--")
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    for name in names if repo else ():
-        if download(f"{base}/{repo}/resolve/main/{name}", folder / name):
+    for name in () if found else names:
+        if download(f"{hub.rstrip('/')}/{source}/resolve/main/{name}", folder / name):
             return folder / name
-    raise UserError(f"{repo or folder} has no {' or '.join(names)}")
+    raise UserError(f"{source} has no {' or '.join(names)}")
+
+
+def download(url, path):
+    """Fetch url to path, whole or not at all; returns False if the server has no such file.  UserError otherwise."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, replacing(path) as part, open(part, "wb") as file:
+            size = int(reply.headers["Content-Length"] or 0)
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name, disable=None) as watched:
+                shutil.copyfileobj(reply, watched)
+            if size not in (0, file.tell()):                # torch.hub.download_url_to_file would not notice
+                raise OSError(f"broke off at {file.tell()} of {size} bytes")
+        return True
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if getattr(error, "code", None) == 404:
+            return False
+        raise UserError(f"{url}: {one_line(error)}; is the name right, and the model public?") from None
 
 
 def read_json(path):
@@ -1926,450 +1700,490 @@ def read_json(path):
 
 @dataclass
 class Pipeline:
-    """The parts of a text-to-image model, as load_pipeline reads them."""
+    """The parts of a text-to-image model, and their public config.json.  shape: (C, h, w) of a latent, see prepare."""
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextEncoder
     unet: UNet
     vae: VAE
-    scheduler: dict
-    folder: Path
+    configs: dict
+    shape: tuple = ()
 
 
-def locate(source, cache):
-    """Folder, and repository or None, of a folder or an owner/name."""
-    if Path(source).is_dir():
-        return Path(source), None
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise UserError(f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
-    return Path(cache) / str(source).replace("/", "--"), str(source)
-
-
-def load_pipeline(source, cache="runs/cache", base="https://huggingface.co", dtype=torch.float32):
+def load_pipeline(source):
     """A Pipeline from a folder in the diffusers layout, or from a Hugging Face repository owner/name.
 
-    A name is fetched once, file by file, to cache/owner--name.  Weights are safetensors or, if there are none, .bin.
-    UserError in one line for anything missing or broken.
+    Weights are safetensors or, if there are none, .bin.  UserError in one line for anything missing or broken.
     """
-    folder, repo = locate(source, cache)
-    find = partial(find_file, folder, repo, base.rstrip("/"))
-
-    def part(name, cls, stem, bin_stem=None):
-        config = read_json(find(f"{name}/config.json"))
-        cls = StackedUNet if cls is UNet and config.get("_class_name") == "StackedUNet" else cls
-        with torch.device("meta"):                         # no memory, no time: the weights come from the file
-            module = cls.from_config(config).to(dtype)
-        return load_weights(module, find(f"{name}/{stem}.safetensors", f"{name}/{bin_stem or stem}.bin"))
-    pipe = Pipeline(CLIPTokenizer(find("tokenizer/vocab.json"), find("tokenizer/merges.txt")),
-                    part("text_encoder", CLIPTextEncoder, "model", "pytorch_model"),
-                    part("unet", UNet, "diffusion_pytorch_model"), part("vae", VAE, "diffusion_pytorch_model"),
-                    read_json(find("scheduler/scheduler_config.json")), folder)
+    tokenizer = CLIPTokenizer(fetch(source, "tokenizer/vocab.json"), fetch(source, "tokenizer/merges.txt"))
+    parts, configs = {}, {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
+    for name, cls in (("text_encoder", CLIPTextEncoder), ("unet", UNet), ("vae", VAE)):
+        configs[name] = read_json(fetch(source, f"{name}/config.json"))
+        cls = StackedUNet if configs[name].get("_class_name") == "StackedUNet" else cls
+        with torch.device("meta"):                          # no memory, no time: the weights come from the file
+            module = cls.from_config(configs[name])
+        parts[name] = load_weights(module, fetch(source, *WEIGHTS[name]))
+    pipe = Pipeline(tokenizer, **parts, configs=configs)
     check_fit(pipe, source)
     return pipe
 
 
 def check_fit(pipe, source):
     """UserError if the parts of a pipeline are of different models."""
-    words, places = (pipe.text_encoder.text_model["embeddings"][f"{kind}_embedding"].weight
-                     for kind in ("token", "position"))
+    words, places = (table.weight for table in pipe.text_encoder.text_model["embeddings"].values())
     first, last = getattr(pipe.unet, "a", pipe.unet).conv_in, getattr(pipe.unet, "b", pipe.unet).conv_out
     read = {module.to_k.in_features for name, module in pipe.unet.named_modules() if name.endswith("attn2")}
-    numbers = pipe.tokenizer.vocab.values()
-    for fits, what in (
-            (0 <= min(numbers) and max(numbers) < len(words), "the tokenizer has numbers that the text encoder lacks"),
-            (len(places) >= pipe.tokenizer.length, f"the text encoder reads only {len(places)} tokens"),
-            (read <= {words.shape[1]}, f"the U-Net wants texts of width {read}, not {words.shape[1]}"),
-            ({first.in_channels, last.out_channels} == {pipe.vae.post_quant_conv.in_channels},
-             "the latents of U-Net and VAE differ")):
-        if not fits:
-            raise UserError(f"{source}: its parts do not fit each other: {what}")
+    try:
+        require(set(pipe.tokenizer.vocab.values()) <= set(range(len(words))), "the text encoder lacks tokens")
+        require(len(places) >= pipe.tokenizer.length, f"the text encoder reads only {len(places)} tokens")
+        require(read <= {words.shape[1]}, f"the U-Net wants texts of width {read}, not {words.shape[1]}")
+        channels = {first.in_channels, last.out_channels, pipe.vae.post_quant_conv.in_channels}
+        require(len(channels) == 1, "the latents of U-Net and VAE differ")
+    except ValueError as error:
+        raise UserError(f"{source}: its parts do not fit each other: {error}") from None
 
 
-def unet_file(source, cache="runs/cache", base="https://huggingface.co"):
-    """The file with the U-Net's weights of a folder or repository, fetched if need be."""
-    folder, repo = locate(source, cache)
-    name = "unet/diffusion_pytorch_model"
-    return find_file(folder, repo, base.rstrip("/"), f"{name}.safetensors", f"{name}.bin")
+def open_pipeline(source, run):
+    """The same in every process of a torchrun: the first one downloads what is missing."""
+    if run.rank == 0:
+        load_pipeline(source)
+    run.wait()
+    return load_pipeline(source)
 
 
-def save_pipeline(folder, modules, configs, tokenizer):
-    """Networks in the layout of diffusers: name -> module, name -> config.json, folder with the tokenizer's two files.
+def prepare(pipe, run, sides):
+    """Move the parts to the device, frozen.  sides: height and width of the pictures, 0 for what it was trained at."""
+    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+        place(module, run.device).eval().requires_grad_(False)
+    factor, trained = 2 ** (len(pipe.vae.decoder.up_blocks) - 1), pipe.configs["unet"].get("sample_size") or 64
+    if 0 in sides and not (isinstance(trained, int) and 0 < trained <= 1024):
+        raise UserError(f"the model says sample_size = {trained!r}, which is no side: give --size")
+    sides = [side or trained * factor for side in sides]
+    if any(side % factor for side in sides):
+        raise UserError(f"pictures of {sides[0]} x {sides[1]}: the sides must be divisible by {factor}")
+    pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
 
-    Written beside and renamed, by rank 0, so that the folder is there whole or not at all.
-    """
-    if process()[0] > 0:
+
+def save_pipeline(run, name, pipe):
+    """A folder of the run in the layout of diffusers, whole or not at all."""
+    folder = run.folder / name
+    if run.rank > 0 or folder.exists():
         return
     with replacing(folder) as part:
-        for name, module in modules.items():
-            stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-            save_safetensors(part / name / f"{stem}.safetensors", module.state_dict())
-        for name, config in configs.items():
+        for name, (weights, _) in WEIGHTS.items():
+            save_safetensors(part / weights, getattr(pipe, name).state_dict())
+        for name, config in pipe.configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
         end = "<|endoftext|>"
         save_json(part / "tokenizer" / "tokenizer_config.json", dict(
             tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token=end,
             unk_token=end, pad_token=end))
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copy(tokenizer / name, part / "tokenizer" / name)
-        classes = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", scheduler="DPMSolverMultistepScheduler")
-        index = {name: ["diffusers", kind] for name, kind in classes.items()}
-        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        for path in pipe.tokenizer.files:
+            shutil.copy(path, part / "tokenizer")
+        index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+                 "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         off = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         save_json(part / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index | off)
 
 
-def tiny_configs(config, vocabulary):
-    """config.json of every part of the tiny model, under the names of diffusers and transformers."""
-    cross, plain, levels = "CrossAttn{}Block2D", "{}Block2D", len(config.vae_channels)
-    groups = lambda widths: min(32, max(1, widths[0] // 4))     # of at least four channels: two would lose the colour
-    kinds = [cross if reads else plain for reads in config.attention]
-    text = dict(vocab_size=len(vocabulary), hidden_size=config.text_width, intermediate_size=4 * config.text_width,
-                num_hidden_layers=config.text_layers, num_attention_heads=config.heads, max_position_embeddings=77,
-                hidden_act="quick_gelu", bos_token_id=vocabulary["<|startoftext|>"],
-                eos_token_id=vocabulary["<|endoftext|>"], architectures=["CLIPTextModel"])
-    unet = dict(_class_name="UNet2DConditionModel", sample_size=config.image_size >> levels - 1,
-                block_out_channels=config.channels, layers_per_block=config.blocks, attention_head_dim=config.heads,
-                cross_attention_dim=config.text_width, norm_num_groups=groups(config.channels),
-                down_block_types=[kind.format("Down") for kind in kinds],
-                up_block_types=[kind.format("Up") for kind in reversed(kinds)])
-    vae = dict(_class_name="AutoencoderKL", block_out_channels=config.vae_channels, layers_per_block=1,
-               latent_channels=4, norm_num_groups=groups(config.vae_channels), sample_size=config.image_size,
-               down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
-    return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": SCHEDULER}))
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# What the tiny teacher says of itself; students say "velocity", which InstaFlow's own repositories forgot to
-SCHEDULER = dict(_class_name="DPMSolverMultistepScheduler", beta_start=0.00085, beta_end=0.012,
-                 beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="epsilon")
+def draw_grid(columns, texts, path, each=3, rows=8):
+    """Prompts by networks: `each` pictures a cell, from the same noises along a row.
+
+    columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
+    """
+    last = min(len(texts), len(next(iter(columns.values())))) - 1
+    rows = min(rows, last + 1)
+    chosen = [round(i * last / max(1, rows - 1)) for i in range(rows)]
+    figure, axes = new_figure(len(columns), rows, size=1.0)
+    figure.set_size_inches(1.3 * each * 0.5 * len(columns) + 2.4, 0.66 * rows + 0.6)
+    for (heading, images), column in zip(columns.items(), axes.T):
+        for i, panel in zip(chosen, column):
+            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        column[0].set_title(heading.replace(", ", "\n"), fontsize=9)
+    for i, panel in zip(chosen, axes[:, 0]):
+        label = textwrap.shorten(texts[i], 60, placeholder="...")
+        panel.set_ylabel(textwrap.fill(label, 20), rotation=0, ha="right", va="center", fontsize=8)
+    save_figure(figure, path)
 
 
-# Copied from 01_rectified_flow.py
-class UserError(Exception):
-    """A mistake the user can mend: ends the script with this one line and exit code 2, without a traceback."""
+# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 01_rectified_flow.py: training loop, plumbing
+# ----------------------------------------------------------------------------------------------------------------------
+
+def interpolate(x0, x1, t):
+    """The straight line x_t = (1 - t) x0 + t x1 [Liu+22 eq. 1].  x0, x1: (B, *D), t: (B,).  Returns (B, *D)."""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * x1
 
 
-# Copied from 01_rectified_flow.py
+def per_sample(t, x):
+    """t (B,) as (B, 1, ..., 1): a number for each sample of x (B, *D)."""
+    return t.reshape(t.shape + (1,) * (x.dim() - 1))
+
+
+def flow_matching_loss(velocity, x0, x1, t):
+    """|x1 - x0 - v(x_t, t)|^2 per sample, mean over D [Liu+22 eq. 1].
+
+    velocity: (x (B, *D), t (B,)) -> (B, *D);  x0: (B, *D) noise;  x1: (B, *D) data, paired with x0.  Returns (B,).
+    Raises ValueError if the pairs do not match in shape.
+    """
+    if x0.shape != x1.shape or t.shape != x0.shape[:1]:
+        raise ValueError(f"want (B, *D) twice and (B,), got {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(t.shape)}")
+    xt = interpolate(x0, x1, t)
+    return (velocity(xt, t) - (x1 - x0)).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def integrate(velocity, x0, steps, method="euler"):
+    """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - t).
+
+    "euler": z += v/N, N evaluations.  "heun": slope averaged over both ends of a step, 2N evaluations.
+    x0: (B, *D).  Returns the path (steps + 1, B, *D); [0] is x0, [-1] the samples.
+    """
+    if method not in ("euler", "heun") or steps < 1:
+        raise ValueError(f"method {method!r} must be euler or heun, and steps {steps} at least 1")
+    path = [x0]
+    for i in range(steps):
+        z = path[-1]
+        t = x0.new_full(x0.shape[:1], i / steps)
+        v = velocity(z, t)
+        if method == "heun":
+            v = (v + velocity(z + v / steps, t + 1 / steps)) / 2
+        path.append(z + v / steps)
+    return torch.stack(path)
+
+
+def new_figure(columns, rows=1, size=4.0):
+    """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
+    from matplotlib.figure import Figure                    # here: training does not need it
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes
+
+
+def save_figure(figure, path):
+    """A picture for screen and slides."""
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def train(model, loss_fn, config, stream=0, progress=None):
+    """Minimise E[loss_fn] with AdamW; yields (step, loss, ema) after every update; all the rest is the caller's.
+
+    loss_fn: (model, ema, step) -> (B,) losses; it draws its own batch: which pairs, which times, which distance.
+    stream: which random stream; a step draws the same numbers whenever it is run.  progress: (optimizer, ema, steps
+    done) of a run that goes on.  Yields step (counted from 1), loss: () still on the device, ema: EMA.
+    """
+    optimizer, ema, done = progress or (make_optimizer(model, config), EMA(model, config.ema_decay), 0)
+    network, autocast, unsynced = accelerate(model, config)
+    for step in range(done, config.steps):
+        torch.manual_seed(seed_for(config.seed, stream, step, process()[0]))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        total = 0.0
+        for slices_left in reversed(range(config.accumulate)):
+            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+                loss = loss_fn(network, ema, step).mean() / config.accumulate
+            loss.backward()
+            total = total + loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model, step)
+        yield step + 1, total, ema
+
+
+def learning_rate(step, config):
+    """Linear warm-up to config.lr, then constant or a half cosine to 0."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    decay = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.lr_decay == "cosine" else 1.0
+    return config.lr * warm * decay
+
+
 def seed_for(*numbers):
-    """One 32-bit seed from several integers, the same in every process and on every machine."""
-    return hash(numbers) % 2 ** 32                         # tuples of ints: xxHash, not randomised as strings are
+    """One 32-bit seed from several integers.  hash() of integers is the same in every process, unlike that of text."""
+    return hash(numbers) % 2 ** 32
 
 
-# Copied from 01_rectified_flow.py
-def process():
-    """(rank, number of processes); (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+class EMA:
+    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+
+    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
+    ema.model is the averaged network; ema(x, t) evaluates it.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    def __call__(self, *inputs):
+        return self.model(*inputs)
+
+    @torch.no_grad()
+    def update(self, model, step):
+        """One fused pass over all tensors; in place, because compiled graphs remember addresses."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
-# Copied from 01_rectified_flow.py
-def wait_for_all():
-    """A barrier between the processes of a torchrun."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# Copied from 01_rectified_flow.py
-def choose_device(config):
-    """cuda > mps > cpu, fast matmuls, and the other processes when torchrun started this one.  Returns torch.device."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(n for n in has if has[n]) if config.device == "auto" else config.device
-    if not has[name]:
-        raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
-    torch.set_float32_matmul_precision("high")             # TF32; the one switch that torch.compile accepts everywhere
-    torch.backends.cudnn.benchmark = name == "cuda"
-    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")    # wrong gradients up to torch 2.14, issue 193061
-    if "RANK" in os.environ and not dist.is_initialized():
-        wait = datetime.timedelta(hours=24)                # the others wait while rank 0 decodes images or downloads
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=wait)
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if config.batch % process()[1]:
-        raise UserError(f"--batch {config.batch} cannot be shared evenly by {process()[1]} processes")
-    return torch.device(name)
-
-
-# Copied from 01_rectified_flow.py
-def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    return model.to(device, memory_format=layout)
-
-
-# Copied from 01_rectified_flow.py
 def make_optimizer(model, config):
     """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
-# Differs from 01_rectified_flow.py: the batch in slices
-def accelerate(model, config):
-    """The fast path, set up once before the loop: compiled graph, bf16 autocast, slices, one replica per process.
+def place(model, device):
+    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
-    Returns the callable to train and the autocast context; off CUDA they are the plain network and a no-op.
+
+def accelerate(model, config):
+    """The fast path, set up once before the loop: compiled graph, bf16 on CUDA, one replica per process.
+
+    Returns the network to call, the autocast context, and the context in which processes do not exchange gradients.
     """
     device = next(model.parameters()).device
-    if device.type == "cuda" and config.compile:
-        model.compile(dynamic=False)                       # in place: state-dict keys stay clean
-    network = Slices(model, config.micro_batch) if config.micro_batch else model
-    if dist.is_initialized():
-        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    return network, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    compile_network(model, config)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if not dist.is_initialized():
+        return model, autocast, contextlib.nullcontext
+    replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return replica, autocast, replica.no_sync
 
 
-# Copied from 01_rectified_flow.py
+def compile_network(model, config):
+    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
+    if config.compile and next(model.parameters()).device.type == "cuda":
+        import torch._inductor.config as inductor
+        if hasattr(inductor.triton, "mix_order_reduction"):
+            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+        model.compile(dynamic=False)
+
+
+def process():
+    """(rank, number of processes); (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+Whole = Annotated[int, 0, 2 ** 32 - 1]                      # types of settings, with what they may be
+Count = Annotated[int, 1, 2 ** 32 - 1]
+Share = Annotated[float, 0, 1]
+Amount = Annotated[float, 0, math.inf]
+STOP = []                                                   # Ctrl-C and SIGTERM are noted here, see note_stop
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line on the screen and exit code 2, no traceback."""
+
+
+def parse_config(Config, argv=None):
+    """Defaults < --preset < flags.  Every field is a flag, the comment beside it its help, its type what it may be."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=Config.__doc__, allow_abbrev=False)
+    types = typing.get_type_hints(Config, include_extras=True)
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        many = isinstance(field.default, tuple)
+        allowed = {"type": type(field.default[0] if many else field.default), "nargs": "+" if many else None}
+        if isinstance(field.default, bool):
+            allowed = {"action": argparse.BooleanOptionalAction}
+        if typing.get_origin(types[field.name]) is Literal:
+            allowed["choices"] = typing.get_args(types[field.name])
+        help = f"{notes[field.name]} (default {field.default})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **allowed)
+    given = vars(parser.parse_args(argv))
+    config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
+    for name, value in vars(config).items():
+        low, high = getattr(types[name], "__metadata__", (-math.inf, math.inf))
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
+                parser.error(f"--{name.replace('_', '-')} {number} is outside [{low}, {high}]")
+    return config
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Write to a neighbour, then rename: whoever looks sees the old file or the whole new one, never a part."""
-    path = Path(path)
+    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-# Copied from 01_rectified_flow.py
 def save_json(path, content):
     """Readable JSON, written whole."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-# Copied from 01_rectified_flow.py
 def save_checkpoint(path, **content):
-    """Tensors, numbers, strings and containers of them, by rank 0, whole; the old file stays if the disk is full."""
-    if process()[0] > 0:
-        return
+    """Tensors, numbers, strings and containers of them; the old file stays if the disk is full."""
     with replacing(path) as part:
         try:
             torch.save(content, part)
-        except RuntimeError as error:                      # torch reports a failed write so
-            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from None
+        except RuntimeError as error:                       # torch's word for a failed write
+            raise UserError(f"cannot write {path}; is the disk full?") from error
 
 
-# Copied from 01_rectified_flow.py
-def load_checkpoint(path, device="cpu", keys=()):
-    """What save_checkpoint wrote, with these keys.  weights_only: a hostile pickle is refused, never run; UserError."""
+def load_checkpoint(path, device="cpu"):
+    """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
-    except Exception as error:                             # torch.load has no common class for broken files
-        raise UserError(f"{path} is no checkpoint of ours or truncated ({type(error).__name__}); delete it") from None
-    if not isinstance(content, dict) or not {"config", *keys} <= set(content):
-        raise UserError(f"{path} holds no checkpoint of these scripts")
-    return content
+        return {**content, "config": content["config"]}     # a TypeError or KeyError where it is not ours
+    except Exception as error:                              # torch.load has no common class for broken files
+        raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
 
 
-# Copied from 01_rectified_flow.py
-def changed(old, new, Config):
-    """The first setting that differs between two configurations as 'name=old (now new)', or ''; free ones may."""
-    for field in dataclasses.fields(Config):
-        before, now = old.get(field.name), new[field.name]
-        if not field.metadata["free"] and json.dumps(before) != json.dumps(now):
-            return f"{field.name}={before} (now {now})"
-    return ""
-
-
-# Copied from 01_rectified_flow.py
-def same_settings(path, state, config):
-    """UserError if this checkpoint was made with other settings."""
-    difference = changed(state["config"], dataclasses.asdict(config), type(config))
-    if difference:
-        raise UserError(f"{path} was made with {difference}: add --fresh to start over, or --out elsewhere")
-
-
-# Copied from 01_rectified_flow.py
-def open_run(config, script):
-    """The run folder; continues a run of the same settings, refuses another one's.  config.json tells what made it."""
-    folder = Path(config.out or f"runs/{Path(script).stem}/{config.preset}")
-    if process()[0] == 0:
-        try:
-            claim(folder, config, script)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot use run folder {folder} ({error}); choose another --out") from None
-    wait_for_all()
-    return folder
-
-
-# Copied from 01_rectified_flow.py
-def claim(folder, config, script):
-    """Make the folder this run's own.  Only a folder with our config.json in it is ever deleted."""
-    record, settings = folder / "config.json", dataclasses.asdict(config)
-    if config.fresh and ours(record):
-        shutil.rmtree(folder)
-    if ours(record):
-        difference = changed(json.loads(record.read_text())["settings"], settings, type(config))
-        if difference:
-            raise UserError(f"{folder} holds a run with {difference}: add --fresh to start over, or --out elsewhere")
-    elif folder.exists() and any(not path.name.startswith(".part-") for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
-    else:
-        save_json(record, {"script": Path(script).name, "settings": settings} | surroundings())
-
-
-# Copied from 01_rectified_flow.py
-def ours(record):
-    """Whether one of these scripts wrote this config.json: other programs have files of that name too."""
-    content = json.loads(record.read_text()) if record.exists() else {}
-    return isinstance(content, dict) and {"script", "settings"} <= set(content)
-
-
-# Copied from 01_rectified_flow.py
-def surroundings():
+def surroundings(script):
     """Versions, hardware and git revision, so that a number can be traced to what made it."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                         capture_output=True, text=True) if shutil.which("git") else None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-            "threads": torch.get_num_threads(), "gpu": gpu, "revision": git.stdout.strip() if git else ""}
+    command = ["git", "-C", str(script.resolve().parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"script": script.name, "revision": revision, "torch": torch.__version__, "system": platform.platform(),
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-# Copied from 01_rectified_flow.py
-def parse_config(Config, argv=None):
-    """Command line to Config: every field a flag, defaults < --preset < flags.  UserError for a wrong flag or value."""
-    parser = argparse.ArgumentParser(description=(sys.modules[Config.__module__].__doc__ or "").split("\n")[0],
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: usage_error(message)
-    for field in dataclasses.fields(Config):
-        info = {"help": f"{field.metadata['help']} (default {field.default})"}
-        if isinstance(field.default, bool):
-            info["action"] = argparse.BooleanOptionalAction
-        else:
-            many = isinstance(field.default, tuple)
-            info |= {"type": type(field.default[0] if many else field.default), "choices": field.metadata["choices"]}
-            info |= {"nargs": "+", "metavar": "N"} if many else {}
-        parser.add_argument("--" + field.name.replace("_", "-"), **info)
-    given = vars(parser.parse_args(argv))
-    config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
-    for field in dataclasses.fields(Config):
-        check_range(field, getattr(config, field.name))
-    return config
+class Run:
+    """One run of a script: settings, device, processes, folder.  All training of a chapter goes through run.fit().
 
-
-# Copied from 01_rectified_flow.py
-def usage_error(message):
-    """argparse's complaint as one line."""
-    raise UserError(f"{message} (--help lists the settings)")
-
-
-# Copied from 01_rectified_flow.py
-def check_range(field, value):
-    """UserError unless low <= value <= high (NaN and infinities are outside any range)."""
-    low, high = field.metadata["low"], field.metadata["high"]
-    for number in value if isinstance(value, (tuple, list)) else [value]:
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            inside = (low is None or number >= low) and (high is None or number <= high) and math.isfinite(number)
-            if not inside:
-                raise UserError(f"--{field.name.replace('_', '-')} {number} is outside [{low}, {high or 'inf'}]")
-
-
-# Copied from 01_rectified_flow.py
-@contextlib.contextmanager
-def postponed_signals():
-    """Ctrl-C and SIGTERM only set a flag within the block, so that no step is cut in half; a second one interrupts."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# Copied from 01_rectified_flow.py
-def resume(path, stage, config, model, optimizer, ema):
-    """Load the checkpoint of this stage into the three, and return the step it was at; 0 if it is of another stage."""
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path, next(model.parameters()).device, ("stage", "step", "model", "ema", "optimizer"))
-    if state["stage"] != stage:                            # another round's, which may have other settings
-        return 0
-    same_settings(path, state, config)
-    model.load_state_dict(state["model"])
-    ema.model.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-# Copied from 01_rectified_flow.py
-def average(total, count, stop):
-    """Mean loss over `count` steps and all processes, and whether any process was told to stop.  Waits for the GPU."""
-    report = torch.stack([total / count, torch.full_like(total, float(bool(stop)))])
-    if dist.is_initialized():
-        dist.all_reduce(report)
-    mean, stops = (report / torch.tensor([process()[1], 1], device=report.device)).tolist()
-    return mean, stops > 0
-
-
-# Copied from 01_rectified_flow.py
-def fit(model, loss_fn, config, folder, stage, stream, floor=None):
-    """Drive train(): progress bar, log lines, metrics.csv, checkpoints, exact resume, a clean stop.  Returns the EMA.
-
-    stage names the log rows and the checkpoint, stream is its number, floor the least possible loss if it is known.
-    Once loss or weights are not finite the run ends, and the checkpoint before stays.
+    rank, world: which process this is, and of how many.  share: how many samples of a batch it draws at a time.
     """
-    optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
-    start = last = resume(folder / "checkpoint.pt", stage, config, model, optimizer, ema)
-    keep_metrics(folder / "metrics.csv", stage, start)
-    total, clock, alone = 0.0, time.perf_counter(), process()[1] == 1
-    with postponed_signals() as caught, tqdm(total=config.steps, initial=start, desc=stage, disable=None) as bar:
-        for step, loss, ema in train(model, loss_fn, config, optimizer, ema, start, stream):
-            total, done = total + loss, step == config.steps
-            bar.update()
-            if not (done or step % config.log_every == 0 or caught and alone):
-                continue
-            mean, stop = average(total, step - last, caught)
-            samples, seconds = config.batch * (step - last), time.perf_counter() - clock
-            if not (math.isfinite(mean) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-                raise UserError(f"{stage}: loss {mean} or weights not finite at step {step}; lower --lr and run again")
-            log_line(folder / "metrics.csv", stage, step, mean, floor, seconds, samples / seconds)
-            if done or stop or step // config.checkpoint_every > last // config.checkpoint_every:
-                save_checkpoint(folder / "checkpoint.pt", stage=stage, step=step, config=dataclasses.asdict(config),
-                                model=model.state_dict(), ema=ema.model.state_dict(), optimizer=optimizer.state_dict())
-            if stop:
-                raise KeyboardInterrupt
-            total, last, clock = 0.0, step, time.perf_counter()
-    return ema
+
+    def __init__(self, config, script):
+        self.started = time.perf_counter()
+        self.config = config
+        self.script = Path(script)
+        self.claimed = False
+        self.device = choose_device(config.device)
+        self.rank, self.world = process()
+        self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
+        self.share, rest = divmod(config.batch, self.world * config.accumulate)
+        if rest:
+            raise UserError(f"--batch {config.batch} cannot be shared evenly by {self.world} processes "
+                            f"with --accumulate {config.accumulate}")
+
+    def claim(self):
+        """Make the folder this run's own before the first file is written there; UserError if it is another run's.
+
+        fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
+        """
+        record = self.folder / "run.json"
+        settings = dataclasses.asdict(self.config)
+        if self.rank == 0 and not self.claimed:
+            try:
+                old = json.loads(record.read_text())["settings"] if record.exists() else None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{record} is another program's; choose another --out") from None
+            if old and self.config.fresh:                   # only a folder that holds a run is ever deleted
+                shutil.rmtree(self.folder)
+            elif old:
+                self.compare(old, settings, self.folder)
+            elif self.folder.exists() and any(path.name != ".part-run.json" for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+            if not record.exists():
+                save_json(record, surroundings(self.script) | {"settings": settings})
+        self.claimed = True
+        self.wait()
+
+    def compare(self, old, new, where):
+        """UserError if `where` was made with other settings than the new ones, but for those that may change."""
+        for name, value in new.items():
+            if name not in self.config.may_change and json.dumps(old.get(name)) != json.dumps(value):
+                raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {value}: "
+                                "add --fresh to start over, or --out elsewhere")
+
+    def wait(self):
+        """A barrier between the processes of a torchrun."""
+        if self.world > 1:
+            dist.barrier()
+
+    def fit(self, name, model, loss_fn, stream=0, **changes):
+        """Train a copy of model to the end, go on where <name>.pt stopped, or just read it if it is finished.
+
+        changes: settings of this stage alone, such as steps.  Returns the averaged network, the same in every process.
+        The log travels in the checkpoint, so that <name>.csv never tells of a step twice, whenever the run was killed.
+        """
+        self.claim()
+        config = dataclasses.replace(self.config, **changes)
+        path = self.folder / f"{name}.pt"
+        settings = dataclasses.asdict(config) | {"stage": name}
+        model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
+        optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
+        last, log = 0, []
+        if path.exists():
+            state = load_checkpoint(path, self.device)
+            self.compare(state["config"], settings, path)
+            model.load_state_dict(state["model"])
+            ema.model.load_state_dict(state.get("ema", state["model"]))
+            optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
+            last, log = state["step"], state["log"]
+        total, clock = 0.0, time.perf_counter()
+        with tqdm(total=config.steps, initial=last, desc=name, disable=None) as bar:
+            for step, loss, ema in train(model, loss_fn, config, stream, (optimizer, ema, last)):
+                total = total + loss
+                bar.update()
+                if step % config.log_every and step < config.steps and not (STOP and self.world == 1):
+                    continue
+                news = torch.stack([total / (step - last), torch.full_like(total, len(STOP))]) / self.world
+                if self.world > 1:
+                    dist.all_reduce(news)
+                loss, stop = news.tolist()                                         # waits for the GPU
+                if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
+                    raise UserError(f"{name}: loss {loss} or weights not finite at step {step}; lower --lr, run again")
+                rate = config.batch * (step - last) / (time.perf_counter() - clock)
+                log.append(f"{step},{loss:.6g},{rate:.0f}")
+                state = {"model": ema.model.state_dict()}                          # finished: the average alone
+                if step < config.steps:
+                    state = {"model": model.state_dict(), "ema": state["model"], "optimizer": optimizer.state_dict()}
+                if self.rank == 0:
+                    tqdm.write(f"{name:>14}  step {step:>7}  loss {loss:8.4f}  {rate:10.0f} samples/s")
+                    path.with_suffix(".csv").write_text("\n".join(["step,loss,samples_per_s", *log]) + "\n")
+                    save_checkpoint(path, step=step, log=log, config=settings, **state)
+                if stop:
+                    raise KeyboardInterrupt
+                total, last, clock = 0.0, step, time.perf_counter()
+        return ema.model
 
 
-# Copied from 01_rectified_flow.py
-def keep_metrics(path, stage, step):
-    """Head of the table and the rows that stay: not those a resumed run writes again, nor one that a kill cut short."""
-    if process()[0] == 0:
-        rows = csv.reader(path.read_text().splitlines()[1:] if path.exists() else [])
-        kept = [row for row in rows if len(row) == 6 and (row[0] != stage or int(row[1]) <= step)]
-        with replacing(path) as part, part.open("w", newline="") as file:
-            csv.writer(file).writerows([["stage", "step", "loss", "floor", "seconds", "samples_per_s"], *kept])
+def choose_device(name):
+    """The torch.device: cuda > mps > cpu, unless --device says otherwise.  Joins the other processes of a torchrun."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in has if has[n])
+    if not has[name]:
+        raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
+    torch.set_float32_matmul_precision("high")              # TF32; the one switch that torch.compile accepts everywhere
+    torch.backends.cudnn.benchmark = name == "cuda"
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
+                                timeout=datetime.timedelta(hours=24))       # the others wait while rank 0 downloads
+    return device
 
 
-# Copied from 01_rectified_flow.py
-def log_line(path, stage, step, loss, floor, seconds, rate):
-    """One aligned line on the screen and one row in metrics.csv."""
-    if process()[0] == 0:
-        beside = f"  floor {floor:8.4f}" if floor else ""
-        tqdm.write(f"{stage:>14}  step {step:>7}  loss {loss:8.4f}{beside}  {rate:10.0f} samples/s")
-        try:
-            with path.open("a", newline="") as file:
-                csv.writer(file).writerow([stage, step, loss, floor, seconds, rate])
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+def note_stop(number, frame):
+    """Ctrl-C and SIGTERM wait until the step in hand is saved; a second one does not."""
+    if STOP:
+        raise KeyboardInterrupt
+    STOP.append(number)
 
 
-# Copied from 01_rectified_flow.py
 def launch(main, Config):
     """Entry point: a user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    STOP.clear()
+    signal.signal(signal.SIGINT, note_stop)
+    signal.signal(signal.SIGTERM, note_stop)
     try:
         main(parse_config(Config))
-    except UserError as error:
+    except (UserError, OSError) as error:                   # OSError: no such file, disk full, no network
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -2380,469 +2194,241 @@ def launch(main, Config):
             dist.destroy_process_group()
 
 
-# Copied from 02_reflow.py
-@contextlib.contextmanager
-def rank_zero_first():
-    """Rank 0 runs the block before the others, so that it alone downloads and decodes, and they find its files."""
-    if process()[0] > 0:
-        wait_for_all()
-    yield
-    if process()[0] == 0:
-        wait_for_all()
+# endregion
 
 
-# Copied from 02_reflow.py
-def choose_features(config, device):
+# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 02_reflow.py: noise by number, shapes, Frechet distance
+# ----------------------------------------------------------------------------------------------------------------------
+
+class RandomFeatures(nn.Module):
+    """Features (B, 96) of images (B, 3, S, S) in [-1, 1] by seeded random convolutions, each at half the resolution.
+
+    They rank samples of one data set; the numbers mean nothing beside anybody's FID.
+    """
+
+    def __init__(self, channels=12, scales=4, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)     # its own: the yardstick is the same in every run
+        for i in range(scales):
+            weight = torch.randn(channels, channels if i else 3, 3, 3, generator=generator)
+            weight[3:] -= weight[3:].mean((2, 3), keepdim=True)     # sees edges; the first three see colour too
+            weight *= (2 / weight.square().sum((1, 2, 3), keepdim=True)).sqrt()
+            self.register_buffer(str(i), weight)
+
+    @torch.no_grad()
+    def forward(self, x):
+        features = []
+        for weight in self.buffers():
+            x = F.pad(x, (1, 1, 1, 1), mode="replicate")    # zeros would draw a frame around every picture
+            x = F.leaky_relu(F.conv2d(x, weight), 0.2)
+            features += [x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-6).sqrt()]
+            x = F.avg_pool2d(x, 2) if x.shape[-1] > 1 else x
+        return torch.cat(features, dim=1)
+
+
+def moments(features):
+    """Features (N, F) -> their mean (F,) and covariance (F, F) in float64: all that a Frechet distance looks at."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features must be (N, F) with N >= 2, got {tuple(features.shape)}")
+    features = features.cpu().double()                      # the CPU first: MPS has no float64
+    return features.mean(0), features.T.cov()
+
+
+def frechet_from_moments(mean_a, cov_a, mean_b, cov_b):
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): squared Wasserstein-2 of two Gaussians."""
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()
+    if not distance.isfinite():                             # a diverged network has no distance; eigh would raise
+        return math.inf
+    roots = []
+    for cov in (cov_a, cov_b):                              # cov = root root^T; what rounding made negative is zero
+        values, vectors = torch.linalg.eigh(cov)
+        roots.append(vectors * values.clamp(min=0).sqrt())
+    distance -= 2 * torch.linalg.svdvals(roots[0].T @ roots[1]).sum()       # = tr (cov_a cov_b)^(1/2), never complex
+    return max(distance.item(), 0.0)                        # equal inputs may land at -1e-15
+
+
+def feature_moments(images, features, device):
+    """Mean and covariance of the features of uint8 or float images (N, C, H, W), in batches."""
+    rows = []
+    for batch in images.split(500):
+        batch = batch.to(device)
+        rows.append(features(to_floats(batch) if batch.dtype == torch.uint8 else batch).cpu())
+    return moments(torch.cat(rows))
+
+
+def choose_features(run):
     """The feature network of the Frechet distance and its honest name."""
-    if config.fid:
-        network = inception_features(config.inception or None, config.download, config.data_dir, device)
-        return network, f"FID ({config.eval_size} samples, training-set statistics)"
-    return RandomFeatures().to(device), f"Frechet distance of seeded random features, {config.eval_size} samples"
+    if run.config.fid:
+        return inception_features(run), f"FID ({run.config.eval_size} samples, training-set statistics)"
+    name = f"Frechet distance of seeded random features, {run.config.eval_size} samples"
+    return RandomFeatures().to(run.device), name
 
 
-# Copied from 03_improved_training.py
-def stage(path, make, build):
-    """The finished network in `path`; made first if it is not there.  Interrupted, the same call goes on."""
-    done = path.exists()
-    wait_for_all()                                         # all have looked before rank 0 writes
-    if not done:
-        network, config = make()
-        save_checkpoint(path, config=config, model=network.state_dict())
-        wait_for_all()                                     # the others read the file that rank 0 writes
-    return build(path)
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Chain:
-    """What every stage of a run needs."""
-    config: Config
-    device: torch.device
-    folder: Path
-    pipe: Pipeline
-    prompts: Prompts
-    shape: tuple                                           # of a latent, (C, h, w)
-
-
-def check_settings(config):
-    """UserError, before anything is written, for settings that contradict each other."""
-    for name, want in (("reflow", len(config.reflow_steps)), ("distill", 2)):
-        steps, batch = getattr(config, f"{name}_steps"), getattr(config, f"{name}_batch")
-        if not len(steps) == len(batch) == want:
-            raise UserError(f"--{name}-steps and --{name}-batch want {want} numbers, got {len(steps)}, {len(batch)}")
-        if any(n % process()[1] for n in (*batch, config.vae_batch)):
-            raise UserError(f"--{name}-batch or --vae-batch cannot be shared evenly by {process()[1]} processes")
-    if config.preset == "paper" and not config.model:
-        raise UserError("--preset paper needs --model: a Stable Diffusion 1.x folder or repository")
-    if config.model and not config.prompts:
-        raise UserError("--model needs --prompts FILE, a text file with a prompt a line")
-    if len(config.attention) != len(config.channels):
-        raise UserError(f"--attention wants a number for each of --channels: {len(config.channels)}")
-    if config.image_size % 2 ** (len(config.vae_channels) - 1) and not config.model:
-        raise UserError(f"--image-size {config.image_size} cannot be halved {len(config.vae_channels) - 1} times")
-    with torch.device("meta"):                             # no memory, no time: do the widths make sense?
-        parts = tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
-        VAE.from_config(parts["vae"]), UNet.from_config(parts["unet"])
-        CLIPTextEncoder.from_config(parts["text_encoder"])
-
-
-def tiny_teacher(images, captions, config, device, folder):
-    """Autoencoder, then text encoder and diffusion model, from nothing; exported to folder/teacher."""
-    if process()[0] == 0:
-        write_vocabulary(shape_captions(), folder / "tokenizer")
-    wait_for_all()
-    tokenizer = CLIPTokenizer(folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt")
-    parts, settings = tiny_configs(config, tokenizer.vocab), dataclasses.asdict(config)
-    images = to_device(images, device)
-    torch.manual_seed(seed_for(config.seed, 0))            # the start weights of all three
-    fresh = Autoencoder(VAE.from_config(parts["vae"])), Captioned(
-        UNet.from_config(parts["unet"]), CLIPTextEncoder.from_config(parts["text_encoder"]))
-    autoencoder, captioned = (place(module, device) for module in fresh)
-    first = dataclasses.replace(config, steps=config.vae_steps, batch=config.vae_batch, lr=config.vae_lr)
-    vae = stage(folder / "vae.pt", lambda: (fit(
-        autoencoder, autoencoder_loss(images, first), first, folder, "vae", 1).model, settings),
-        partial(load_like, autoencoder)).vae
-    latents = torch.cat([encode_images(vae, x) for x in images.split(500)])
-    vae.scale = parts["vae"]["scaling_factor"] = 1 / latents.std().item()
-    latents *= vae.scale
-    tokens, empty = tokenizer(captions).to(device), tokenizer([""]).to(device)
-    teacher = stage(folder / "teacher.pt", lambda: (fit(
-        captioned, teacher_loss(latents, tokens, empty, config), config, folder, "teacher", 2).model, settings),
-        partial(load_like, captioned))
-    if not (folder / "teacher").exists():
-        save_pipeline(folder / "teacher", {"vae": vae, "unet": teacher.unet, "text_encoder": teacher.text_encoder},
-                      parts, folder / "tokenizer")
-    wait_for_all()
-
-
-def load_like(module, path):
-    """A finished network of the same kind as `module` from the .pt file of a stage, frozen."""
-    network = copy.deepcopy(module)
-    try:
-        network.load_state_dict(load_checkpoint(path, next(module.parameters()).device, keys=("model",))["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
-    return network.eval().requires_grad_(False)
+def inception_features(run):
+    """The network of the original FID as a function: images (B, 3, S, S) in [-1, 1] -> features (B, 2048)."""
+    path = Path(run.config.data_dir) / Path(INCEPTION_URL).name
+    if run.config.download and run.rank == 0 and not path.exists():
+        with replacing(path) as part:
+            torch.hub.download_url_to_file(INCEPTION_URL, part)
+    run.wait()
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
+        raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
+    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
 
 
 @torch.no_grad()
-def encode_images(vae, images):
-    """Bytes (B, 3, H, W) -> the means of their latents, unscaled."""
-    return vae.encode(to_floats(images))[0]
+def call_inception(network, images):
+    """It wants the bytes that an image file would hold, and resizes to 299 x 299 by itself."""
+    return network((images * 127.5 + 128).clamp(0, 255).to(torch.uint8), return_features=True).float()
 
 
-# Differs from 03_improved_training.py: phases, and the result is exported
-def train_student(chain, name, seed, start, phases):
-    """A student through its phases, each from the averaged weights of the one before, then exported.
+def pair_noise(seed, index, shape):
+    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
 
-    start: the network to begin with;  phases: (loss_fn of a config, steps, batch, peak learning rate).
+    splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
     """
-    config, settings = chain.config, dataclasses.asdict(chain.config)
-    for k, (loss_of, steps, batch, lr) in enumerate(phases):
-        own = dataclasses.replace(config, steps=steps, batch=batch, lr=lr)
-        label, stream = f"{name}-{seed}.{k + 1}", seed_for(seed, k, *name.encode())
-
-        def make():
-            student = place(copy.deepcopy(start), chain.device).train().requires_grad_(True)
-            student.checkpointing = config.checkpointing
-            network = fit(student, loss_of(own), own, chain.folder, label, stream).model
-            print_memory(label, chain.device)
-            return network, settings
-        start = stage(chain.folder / f"{label}.pt", make, partial(load_like, start))
-    if not (chain.folder / f"{name}-{seed}").exists():
-        source = chain.pipe.folder
-        configs = {part: read_json(source / part / "config.json") for part in ("unet", "vae", "text_encoder")}
-        configs["unet"]["_class_name"] = "StackedUNet" if isinstance(start, StackedUNet) else "UNet2DConditionModel"
-        configs["scheduler"] = chain.pipe.scheduler | {"prediction_type": "velocity"}
-        modules = {"unet": start, "vae": chain.pipe.vae, "text_encoder": chain.pipe.text_encoder}
-        save_pipeline(chain.folder / f"{name}-{seed}", modules, configs, source / "tokenizer")
-    wait_for_all()
-    return start
+    size = math.prod(shape)
+    bits = index[:, None] * size + torch.arange(size, device=index.device)         # (B, size): a counter
+    bits = bits * -0x61C8864680B583EB + (seed << 31)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):   # int64 wraps around
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor                      # & makes >> unsigned
+    radius = (-2 * ((bits >> 40 & 0xFFFFFF) + 0.5).div(1 << 24).log()).sqrt()
+    return (radius * (2 * math.pi / (1 << 24) * (bits & 0xFFFFFF)).cos()).reshape(-1, *shape)
 
 
-def print_memory(label, device):
-    """Peak memory so far, of the GPU if there is one."""
-    if process()[0] == 0:
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-        tqdm.write(f"{label:>8}  peak memory {peak:.1f} GB")
+def to_floats(images):
+    """Bytes 0 ... 255 to [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
-def stored(chain, name, go, count, seed):
-    """Pairs by the map `go`, in chain.folder/pairs/name, made if missing.  Returns number -> draw function."""
-    folder, config = chain.folder / "pairs" / name, chain.config
-    make_pairs(go, folder, count, config, chain.shape, chain.device, seed)
-
-    def drawn_from(number, dropout=0.0):
-        return draw_stored(Pairs(folder, number, config.shard, chain.shape), seed, chain.prompts, dropout)
-    return drawn_from
+def to_bytes(images):
+    """[-1, 1] to the nearest byte, values outside clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def students(chain, seed):
-    """2-RF, its distillation, and the teacher's direct distillation, short and longer: name -> U-Net."""
-    config, teacher, prompts = chain.config, chain.pipe.unet, chain.prompts
-    go = flow_map(Frozen(teacher, config), prompts, "dpm", config.solver_steps, config.guidance)
-    pairs = stored(chain, "teacher", go, config.pairs * (1 + config.direct), seed_for(config.seed, 3))
-    start = negated(teacher) if config.init == "negated" else teacher
-    draw = pairs(config.pairs, config.caption_dropout)
-    phases = [(partial(pair_loss, draw), steps, batch, config.student_lr)
-              for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
-    flow = train_student(chain, "2-rf", seed, start, phases)
-    found = {"2-rf": flow}
-    go = flow_map(Frozen(flow, config), prompts, "euler", config.distill_solver_steps, config.distill_guidance)
-    own = stored(chain, f"2-rf-{seed}", go, config.pairs, seed_for(config.seed, 4, seed))(config.pairs)
-    stacked = StackedUNet if config.unet == "stacked" else lambda a: a
-    found["distilled"] = train_student(chain, "distilled", seed, stacked(copy.deepcopy(flow)),
-                                       distill_phases(chain, own, config.distill_steps[0]))
-    for name, more in (("direct", 0), ("longer", 1)) if config.direct else ():
-        steps = config.distill_steps[0] + more * sum(config.reflow_steps)      # without and with reflow's own budget
-        found[name] = train_student(chain, name, seed, stacked(copy.deepcopy(start)),
-                                    distill_phases(chain, pairs((1 + more) * config.pairs), steps))
-    return found
+def to_device(images, device):
+    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return images.to(device).contiguous(memory_format=layout)
 
 
-def negated(unet):
-    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
+SHAPES = ["circle", "square", "triangle", "cross"]          # the index is the label
+COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
+BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
 
-    With the teacher's own sign, training first unlearns to look at x0, and the tiny network stays blind to it for long.
+
+def shape_distances(x, y, r):
+    """Offsets (x, y) from the centre -> signed distances (4, *) in pixels, < 0 inside; each shape fills [-r, r]^2."""
+    wide = torch.maximum(x.abs(), y.abs())
+    narrow = torch.minimum(x.abs(), y.abs())
+    circle = (x * x + y * y).sqrt() - r
+    square = wide - 0.9 * r                                 # a little smaller, or it looks bigger than the others
+    triangle = torch.maximum((2 * x.abs() - y - r) / 5**0.5, wide - r)     # y points down: the tip is at (0, -r)
+    cross = torch.maximum(wide - r, narrow - 0.35 * r)
+    return torch.stack([circle, square, triangle, cross])
+
+
+def shapes(n, size=32, seed=0):
+    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
+    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: picture i is free of n
+    kind = (u[:, 0] * len(SHAPES)).long()
+    colour = (u[:, 1] * len(COLOURS)).long()
+    ground = (u[:, 2] * len(BACKGROUNDS)).long()
+    r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
+    cx, cy = (1 + r + (size - 2 - 2 * r) * u[:, i, None, None] for i in (4, 5))     # at least a pixel of background
+    front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
+    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
+    pixel = torch.arange(size) + 0.5                        # pixel centres
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for rows in torch.arange(n).split(4096):                # bounds the memory
+        distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])   # (4, rows, size, size)
+        distance = distances[kind[rows], torch.arange(len(rows)), None]
+        cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
+        images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
+    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
+    return images, kind, [f"a {[*COLOURS][c]} {SHAPES[k]} on a {[*BACKGROUNDS][g]} background" for c, k, g in numbers]
+
+
+def decode(path, size):
+    """An image file of any format, colour mode and size -> uint8 (3, size, size), or None if it cannot be read."""
+    try:
+        with Image.open(path) as image:                     # refuses decompression bombs
+            image.draft("RGB", (2 * size, 2 * size))        # a large JPEG decodes faster at a fraction of its size
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                  # 16-bit grey: Pillow's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # the central square
+            return torchvision.transforms.functional.pil_to_tensor(image)
+    except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
+        return None
+
+
+def tile(images):
+    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
+    images = F.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
+    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
+
+
+# endregion
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 03_improved_training.py: times, LPIPS
+# ----------------------------------------------------------------------------------------------------------------------
+
+def u_shaped_times(n, a=4.0, device=None):
+    """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+
+    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  (The e^{au} + e^{-au} printed in the
+    paper is not symmetric; its code is.)
     """
-    unet = copy.deepcopy(unet)
-    for p in unet.conv_out.parameters():
-        p.data.neg_()
-    return unet
+    y = torch.rand(n, device=device)
+    return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
 
 
-def distill_phases(chain, draw, steps):
-    """First |.|^2 of latents, then LPIPS of pictures."""
-    config = chain.config
-    perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), chain.device)
-    seen = picture_distance(chain.pipe.vae, perceptual, config.micro_batch)
-    return [(partial(distill_loss, draw, distance=squared), steps, config.distill_batch[0], config.student_lr),
-            (partial(distill_loss, draw, distance=seen), config.distill_steps[1], config.distill_batch[1],
-             config.lpips_lr)]
+class Perceptual(nn.Module):
+    """LPIPS [Zhang+18] by the lpips package: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,).
+
+    Upsampled first, as the backbone was trained on larger pictures; in float32: bf16 loses too much in differences.
+    """
+
+    def __init__(self, net, size, weights, factor=1.0):
+        super().__init__()
+        self.size, self.factor = size, factor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
+            self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
+
+    def forward(self, a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (F.interpolate(x.float(), (self.size, self.size), mode="bilinear") for x in (a, b))
+            return self.factor * self.lpips(a, b).flatten()
 
 
-def maps(chain, found):
-    """What is compared: heading -> (network, map), of the U-Nets in found: name -> U-Net.  "ddim" needs no training."""
-    config, rows = chain.config, {}
-    for name, heading, solver, steps in (
-            ("teacher", "teacher", "dpm", config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
-            ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
-            ("distilled", "2-RF distilled", "euler", 1), ("direct", "teacher distilled", "euler", 1),
-            ("longer", "teacher distilled longer", "euler", 1)):
-        if name in found:
-            network, guidance = Frozen(found[name], config), config.guidance if name == "teacher" else 1.0
-            rows[f"{heading}\n{steps} step{'s' * (steps > 1)}"] = network, flow_map(
-                network, chain.prompts, solver, steps, guidance)
-    return rows
+def load_lpips(net, weights):
+    """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random: then without linear heads."""
+    torch.manual_seed(0)                                    # an untrained yardstick, but the same one every time
+    try:
+        network = lpips.LPIPS(net=net, pnet_rand=weights != "pretrained", lpips=weights != "random", verbose=False)
+        if weights not in ("pretrained", "random"):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
+            network.net.load_state_dict(own)
+        return network
+    except Exception as error:                              # no network, half a download, no such file, ...
+        raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
+                        "torchvision's, or --lpips-weights random for a dry run") from None
 
 
-def measure(chain, found, features, real):
-    """A row of numbers for every map, {heading: {accuracy, FD, NFE}}, and its pictures."""
-    reader, texts, rows, pictures = CaptionReader(chain.config.image_size), chain.prompts.texts, {}, {}
-    known = set(shape_captions()) >= set(texts)            # other prompts cannot be read off a picture
-    for heading, (network, go) in maps(chain, found).items():
-        before = network.evaluations
-        images = generate(go, chain.pipe.vae, chain.config, chain.shape, chain.device)
-        right = [text == texts[i % len(texts)] for i, text in enumerate(reader(images))] if known else None
-        rows[heading] = {"accuracy": float(np.mean(right)) if known else None,
-                         "FD": frechet_from_moments(*feature_moments(images, features, chain.device), *real),
-                         "NFE": (network.evaluations - before) / len(images)}
-        pictures[heading] = images
-    return rows, pictures
-
-
-# Differs from 03_improved_training.py: accuracy and Frechet distance of every network
-def print_table(results, label):
-    """Mean over seeds of every number, and the spread of the accuracy."""
-    print(f"\n{label}; accuracy: share of pictures whose caption reads as it was asked; NFE evaluations a picture")
-    print(f"{'':<34}    NFE  accuracy       +-        FD       +-")
-    for heading, rows in results.items():
-        cells = ""
-        for key in ("accuracy", "FD"):
-            values = [row[key] for row in rows if row[key] is not None]
-            cells += f"{np.mean(values):10.3f}" if values else f"{'-':>10}"
-            cells += f"{np.std(values, ddof=1):9.3f}" if len(values) > 1 else f"{'-':>9}"
-        print(f"{heading.replace(chr(10), ', '):<34}{rows[0]['NFE']:7.0f}{cells}")
-
-
-# Differs from 03_improved_training.py: text to image
-def report(chain, networks, features, label, real):
-    """Measure everything from the same noises, print the table, draw the figures.  networks: name -> U-Net, by seed."""
-    results, shown = {}, {}
-    for found in [{"teacher": chain.pipe.unet}, *networks]:     # the teacher has no seeds
-        rows, pictures = measure(chain, found, features, real)
-        for heading, row in rows.items():
-            results.setdefault(heading, []).append(row)
-            shown.setdefault(heading, pictures[heading])        # of the first seed
-    save_json(chain.folder / "results.json", {"distance": label, "samples": chain.config.eval_size, "networks": {
-        heading.replace("\n", ", "): rows for heading, rows in results.items()}})
-    print_table(results, label)
-    draw_grid({heading: images for heading, images in shown.items() if not re.search("velocity|longer", heading)},
-              chain.prompts.texts, chain.folder)
-    draw_quality(results, label, chain.folder)
-
-
-# Differs from 03_improved_training.py: a latent model with text, given or trained from nothing
-def main(config):
-    """Teacher, then every student of every seed, then numbers and figures; finished stages are skipped."""
-    device, started = choose_device(config), time.perf_counter()
-    check_settings(config)
-    with rank_zero_first():
-        images, _, captions = (None,) * 3 if config.model else shapes(config.data_size, config.image_size, config.seed)
-        texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
-        pipe = load_pipeline(config.model, base=config.hub) if config.model else None
-        features, label = choose_features(config, device)
-        Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights)      # a missing backbone fails here
-    folder = open_run(config, __file__)
-    if not pipe:
-        tiny_teacher(images, captions, config, device, folder)
-        pipe = load_pipeline(folder / "teacher")
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
-        place(module, device).eval().requires_grad_(False)
-    pipe.vae.checkpointing = config.checkpointing
-    factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
-    shape = pipe.vae.post_quant_conv.in_channels, *[config.image_size // factor] * 2
-    chain = Chain(config, device, folder, pipe, Prompts(pipe, texts), shape)
-    networks = [students(chain, seed) for seed in range(config.seeds)]
-    if process()[0] == 0:
-        real = images if images is not None else teacher_pictures(chain)
-        report(chain, networks, features, label, feature_moments(real, features, device))
-        print(f"\n{time.perf_counter() - started:.0f} s; figures, results.json and the networks are in {folder}/")
-
-
-def teacher_pictures(chain):
-    """What samples are compared with if there are no data: the pictures of the teacher's pairs."""
-    count = min(chain.config.eval_size, chain.config.pairs)
-    pairs = Pairs(chain.folder / "pairs" / "teacher", count, chain.config.shard, chain.shape)
-    return torch.cat([decode_latents(chain.pipe.vae, pairs[i].to(chain.device)).cpu()
-                      for i in torch.arange(count).split(chain.config.shard)])
-
-
-def open_model(config, device):
-    """The pipeline of --model with what --delta and --lora add to it, on the device in its working precision."""
-    if not config.model:
-        raise UserError("--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
-    pipe = load_pipeline(config.model, base=config.hub)
-    said = pipe.scheduler.get("prediction_type")
-    if said == "velocity" and config.solver == "dpm":
-        raise UserError(f"{config.model} is a velocity: use --solver euler, as --preset instaflow and 2-rf do")
-    if [*config.delta] != [""]:
-        if len(config.delta) != 2:
-            raise UserError(f"--delta wants two models, FROM TO, got {len(config.delta)}")
-        base, target = (unet_file(source, base=config.hub) for source in config.delta)
-        merge_delta(pipe.unet, base, target)
-        other = load_pipeline(config.delta[1], base=config.hub)
-        pipe.vae, pipe.text_encoder = other.vae, other.text_encoder        # a fine-tune brings its own
-    for item in config.lora if [*config.lora] != [""] else ():
-        path, colon, scale = item.rpartition(":")
-        if not (colon and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", scale)):
-            path, scale = item, 1.0
-        merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale))
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
-        place(module, device).eval().requires_grad_(False)
-    return pipe
-
-
-def latent_shape(pipe, config):
-    """(C, h, w) for --size.  UserError for sides that the VAE cannot make."""
-    factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
-    if len(config.size) > 2:
-        raise UserError(f"--size wants one number, or height and width, got {len(config.size)}")
-    own = read_json(pipe.folder / "unet" / "config.json").get("sample_size") or 64
-    if 0 in config.size and not (isinstance(own, int) and 0 < own <= 1024):
-        raise UserError(f"{pipe.folder} says sample_size = {own!r}, which is no side: give --size")
-    sides = [side or own * factor for side in (config.size * 2)[:2]]
-    if any(side % factor for side in sides):
-        raise UserError(f"--size {' '.join(map(str, config.size))}: sides must be divisible by {factor}")
-    return pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
-
-
-def draw_prompts(pipe, go, shape, config, device, numbers):
-    """Pictures (N, 3, H, W) on the CPU.  numbers: (text, noise) for each; the noise is the same on every machine."""
-    images = []
-    for part in tqdm(torch.tensor(numbers).split(config.batch), "sampling", disable=None, leave=False):
-        text, noise = part.to(device).T
-        x0 = pair_noise(seed_for(config.seed), noise, shape)
-        images.append(decode_latents(pipe.vae, go(x0, text)).cpu())
-    return torch.cat(images)
-
-
-def sample_main(config):
-    """`sample`: prompts to pictures on a contact sheet, and perhaps a film."""
-    device = choose_device(config)
-    if config.model and not any(text.strip() for text in config.prompt):
-        raise UserError('--prompt "..." is missing or empty: what shall be drawn?')
-    picture_format(config.out)                             # a wrong name fails here, not after the work
-    if config.interpolate and picture_format(config.interpolate) not in Image.SAVE_ALL:
-        raise UserError(f"--interpolate {config.interpolate}: no film format; name a GIF, such as walk.gif")
-    pipe = open_model(config, device)
-    shape, prompts = latent_shape(pipe, config), Prompts(pipe, [*config.prompt], config.negative)
-    if config.negative and config.guidance <= 1:
-        print("--negative does nothing without --guidance above 1", file=sys.stderr)
-    network, started = Frozen(pipe.unet, config), time.perf_counter()
-    go = flow_map(network, prompts, config.solver, config.steps, config.guidance)
-    numbers = [(text, noise) for text in range(len(prompts)) for noise in range(config.count)]
-    images = draw_prompts(pipe, go, shape, config, device, numbers)
-    columns = config.count if len(prompts) > 1 else math.ceil(config.count ** 0.5)
-    save_picture(contact_sheet(images, columns), config.out)
-    print(f"{len(images)} pictures in {time.perf_counter() - started:.1f} s: {config.out}")
-    if config.interpolate:
-        save_film(walk(pipe, go, shape, config, device), config.interpolate)
-        print(f"a walk through {config.count} noises: {config.interpolate}")
-
-
-def walk(pipe, go, shape, config, device):
-    """The first prompt along great circles from noise to noise and back to the first: pictures (N, 3, H, W)."""
-    noises = pair_noise(seed_for(config.seed), torch.arange(config.count, device=device), shape)
-    shares = [i / config.frames for i in range(config.frames)]
-    line = torch.stack([slerp(a, b, share) for a, b in zip(noises, noises.roll(-1, 0)) for share in
-                        torch.tensor(shares, device=device)])
-    return torch.cat([decode_latents(pipe.vae, go(x0, x0.new_zeros(len(x0)).long())).cpu()
-                      for x0 in line.split(config.batch)])
-
-
-def save_film(images, path):
-    """Pictures as an endless GIF."""
-    first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_bytes(images)]
-    save_picture(first, path, save_all=True, append_images=rest, duration=80, loop=0)
-
-
-def evaluate_main(config):
-    """`evaluate`: captions to pictures; FID, CLIP score, and where the time goes."""
-    device = choose_device(config)
-    if not config.captions:
-        raise UserError("--captions FILE, please: COCO's captions_*.json, or a text file")
-    captions = read_captions(config.captions, config.count)
-    if config.fid and not Path(config.real or "?").is_dir():
-        raise UserError(f"--fid needs --real FOLDER of real images; got {config.real or 'none'}")
-    features = inception_features(config.inception or None, config.download, config.data_dir, device) \
-        if config.fid else None
-    judge = CLIP.from_folder(config.clip) if config.clip else None
-    pipe = open_model(config, device)
-    seconds, scores, seen = {"text": [], "U-Net": [], "decode": []}, [], []
-    for index, images in illustrate(pipe, captions, config, device, seconds):
-        if features:
-            seen.append(features(resized(images)).cpu())
-        if judge:
-            scores += clip_scores(*judge, images.cpu(), [captions[i] for i in index])
-    half = len(seconds["text"]) > 1                        # the first batch also warms up
-    result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]],
-              "steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
-              "seconds per batch": {name: float(np.median(times[half:])) for name, times in seconds.items()}}
-    if features:
-        real = torch.cat([features(to_floats(x).to(device)).cpu() for x in real_images(config.real, config.batch)])
-        result["FID"] = frechet_from_moments(*moments(torch.cat(seen)), *moments(real))
-    if judge:
-        result["CLIP score"] = float(np.mean(scores))
-    save_json(config.out, result | surroundings())
-    print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
-
-
-def illustrate(pipe, captions, config, device, seconds):
-    """A picture for each caption, in batches: yields numbers (B,), pictures (B, 3, H, W); appends times to seconds."""
-    shape, prompts = latent_shape(pipe, config), Prompts(pipe, captions, config.negative, few=0)
-    network, how = Frozen(pipe.unet, config), (config.solver, config.steps, config.guidance)
-    for index in tqdm(torch.arange(len(captions)).split(config.batch), "evaluating", disable=None):
-        x0 = pair_noise(seed_for(config.seed), index.to(device), shape)
-        text = timed(lambda: prompts(index), device, seconds["text"])
-        x1 = timed(lambda: carry(network, x0, text, prompts.null, *how), device, seconds["U-Net"])
-        yield index, timed(lambda: decode_latents(pipe.vae, x1), device, seconds["decode"])
-
-
-def clip_scores(model, tokenizer, images, captions):
-    """Cosines of pictures (B, 3, H, W) and their captions."""
-    words = model.embed_texts(tokenizer(captions), tokenizer.end)
-    return (model.embed_images(images) * words).sum(1).tolist()
-
-
-def resized(images, size=256):
-    """(B, 3, H, W) to the size at which samples and real images of COCO are compared."""
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def real_images(folder, batch, size=256):
-    """Batches (B, 3, size, size) of bytes: the central squares of all images below a folder."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in Image.registered_extensions())
-    images = (image for path in paths if (image := decode(path, size)) is not None)
-    count = 0
-    while chunk := list(itertools.islice(images, batch)):
-        count += len(chunk)
-        yield torch.from_numpy(np.stack(chunk))
-    if count < 2:
-        raise UserError(f"--real {folder}: {count} readable images are no distribution")
-
-
-COMMANDS = {"sample": (sample_main, SampleConfig), "evaluate": (evaluate_main, EvaluateConfig)}
-
-
-def command_line():
-    """The first word may name a command; without one the training chain runs."""
-    launch(*(COMMANDS[sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in COMMANDS else (main, Config)))
+# endregion
 
 
 if __name__ == "__main__":
