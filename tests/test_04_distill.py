@@ -22,9 +22,9 @@ NAME = "04_distill"
 chapter = load(NAME)
 TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --distill-steps 4 --pairs 16 --shard 8 --eval-size 24 "
         "--pair-steps 2 --channels 4 --image-size 8 --mult 1 1 --attention 4 --batch 4 --levels 4 8 --halvings 2 "
-        "--neighbours 3 --log-every 2 --checkpoint-every 2 --device cpu").split()
+        "--neighbours 3 --log-every 2 --device cpu").split()
 STUDENTS = ["direct", "rf", "progressive-2", "progressive-1", "consistency", "ict"]
-here, run, finished = fixtures(NAME, TINY, figures=("draw_samples", "draw_quality"))
+here, run, finished = fixtures(NAME, TINY, figures=("draw_samples",))
 
 M, S = 0.7, 0.5                                             # data N(M, S^2)
 
@@ -59,6 +59,11 @@ def exact_student(x, t, labels=None):
 def draw_gaussian(n):
     """Noise and data drawn apart, float64, no labels."""
     return torch.randn(n, 1, dtype=torch.float64), M + S * torch.randn(n, 1, dtype=torch.float64), None
+
+
+def lesson(draw, n, *teacher_and_distance, **rest):
+    """A lesson in batches of n."""
+    return chapter.Lesson(partial(draw, n), *teacher_and_distance, **rest)
 
 
 def gain(times):
@@ -160,8 +165,13 @@ def test_heun_is_of_second_order_and_euler_of_first():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def squared(a, b, step):
+def squared(a, b):
     return (a - b).square().flatten(1).mean(1)
+
+
+def distillation(draw, n, distance=squared, jumps=1):
+    """The loss_fn of rf."""
+    return partial(chapter.distillation_loss, lesson=lesson(draw, n, distance=distance), jumps=jumps)
 
 
 class Spy(nn.Module):
@@ -180,7 +190,7 @@ def test_one_step_distillation_sees_the_noise_alone_at_exactly_time_zero():
     """With t = 0.001, as in the original code, the input would move by 0.1 % of the target."""
     z0, spy = torch.randn(16, 3, 4, 4), Spy()
     for z1 in (torch.randn(16, 3, 4, 4), torch.full((16, 3, 4, 4), 1e6)):
-        chapter.distillation_loss(lambda n: (z0, z1, None), squared, 16)(spy, None, 0)
+        distillation(lambda n: (z0, z1, None), 16)(spy, None, 0)
         assert torch.equal(spy.x, z0) and torch.equal(spy.t, torch.zeros(16))
 
 
@@ -189,14 +199,14 @@ def test_the_best_one_step_student_is_the_teachers_map():
         z0 = torch.randn(n, 1, dtype=torch.float64)
         return z0, M + S * z0, None                         # the flow's own pairs
     student = PerTime(torch.zeros(1), start=lambda x, t: 0 * x)
-    teach(student, chapter.distillation_loss(draw, squared, 256))
+    teach(student, distillation(draw, 256))
     assert jump_gain(student) == pytest.approx(S, abs=1e-4)
     assert chapter.jump(student, torch.zeros(1, 1).double(), torch.zeros(1).double()).item() == pytest.approx(M, abs=1e-4)
 
 
 def test_shuffled_pairs_leave_nothing_but_the_mean():
     student = PerTime(torch.zeros(1), start=lambda x, t: 0 * x)
-    teach(student, chapter.distillation_loss(draw_gaussian, squared, 4096))
+    teach(student, distillation(draw_gaussian, 4096))
     assert jump_gain(student) == pytest.approx(0, abs=0.01)
 
 
@@ -207,7 +217,7 @@ def test_distillation_to_k_steps_asks_at_k_times_and_a_straight_flow_has_no_loss
     def straight(x, t, labels=None):                        # z1 = 3 z0 + 1: v = 2 z0 + 1, z0 = (x - t) / (1 + 2 t)
         seen.update(t.tolist())
         return 2 * (x - t[:, None]) / (1 + 2 * t[:, None]) + 1
-    loss = chapter.distillation_loss(lambda n: (z0, 3 * z0 + 1, None), squared, 400, k)(straight, None, 0)
+    loss = distillation(lambda n: (z0, 3 * z0 + 1, None), 400, jumps=k)(straight, None, 0)
     assert loss.max() < 1e-10
     assert sorted(seen) == pytest.approx([i / k for i in range(k)])
 
@@ -215,13 +225,18 @@ def test_distillation_to_k_steps_asks_at_k_times_and_a_straight_flow_has_no_loss
 def test_squares_make_the_distillation_loss_that_of_the_velocity():
     z0, z1 = torch.randn(2, 64, 3, 2, 2)
     torch.manual_seed(3)
-    loss = chapter.distillation_loss(lambda n: (z0, z1, None), squared, 64, 4)(lambda x, t, labels: 0 * x, None, 0)
+    loss = distillation(lambda n: (z0, z1, None), 64, jumps=4)(lambda x, t, labels: 0 * x, None, 0)
     assert torch.allclose(loss, (z1 - z0).square().flatten(1).mean(1), rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # progressive
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def progressive(draw, teacher, n, steps):
+    """The loss_fn of progressive."""
+    return partial(chapter.progressive_loss, lesson=lesson(draw, n, teacher), steps=steps)
 
 
 @pytest.mark.parametrize("n, expected", [(1, 0), (2, .2), (4, .340541), (8, .414785), (16, .455683), (64, .488555)])
@@ -234,7 +249,7 @@ def test_halving_an_exact_euler_teacher_keeps_its_end():
     flow = exact_velocity
     for n in (4, 2, 1):
         student = PerTime(torch.arange(n) / n, start=flow)
-        flow = teach(student, chapter.progressive_loss(draw_gaussian, flow, 64, n), steps=500).requires_grad_(False)
+        flow = teach(student, progressive(draw_gaussian, flow, 64, n), steps=500).requires_grad_(False)
         x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         for i in range(n):
             x = chapter.move(flow, x, *(torch.full((2,), j / n, dtype=torch.float64) for j in (i, i + 1)))
@@ -248,7 +263,7 @@ def test_the_progressive_target_is_the_mean_of_two_velocities_at_the_right_times
         asked.append(t.clone())
         return (t + 1)[:, None] * torch.ones_like(x)
     x0 = torch.zeros(64, 1)
-    loss_fn = chapter.progressive_loss(lambda n: (x0, x0, None), teacher, 64, 4)
+    loss_fn = progressive(lambda n: (x0, x0, None), teacher, 64, 4)
     loss = loss_fn(lambda x, t, labels: (t + 1 + 0.5 / 4 / 2)[:, None] + 1, None, 0)       # mean velocity, and 1 too much
     t, half = asked
     assert set(t.tolist()) == {0, .25, .5, .75} and torch.allclose(half, t + 0.125)
@@ -257,11 +272,11 @@ def test_the_progressive_target_is_the_mean_of_two_velocities_at_the_right_times
 
 def test_the_rounds_of_halving_share_the_budget_and_the_last_two_get_double():
     config = chapter.Config(halvings=5, distill_steps=6000)
-    rounds = chapter.halving_steps(config)
-    assert [n for n, _ in rounds] == [16, 8, 4, 2, 1]
-    one = rounds[0][1]
-    assert [steps for _, steps in rounds] == pytest.approx([one, one, one, 2 * one, 2 * one], abs=1)
-    assert sum(steps for _, steps in rounds) == pytest.approx(chapter.steps_for("progressive", config), abs=5)
+    steps = chapter.training_steps(config)
+    rounds = [steps[f"progressive-{n}"] for n in (16, 8, 4, 2, 1)]
+    one = rounds[0]
+    assert rounds == pytest.approx([one, one, one, 2 * one, 2 * one], abs=1)
+    assert sum(rounds) == steps["progressive"] == pytest.approx(3 / 5 * (6000 + chapter.pair_cost(config) / 96), abs=5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,12 +284,23 @@ def test_the_rounds_of_halving_share_the_budget_and_the_last_two_get_double():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def consistency(draw, n, times, teacher=exact_velocity, distance=squared, **rest):
+    """The loss_fn of consistency."""
+    teaching = lesson(draw, n, teacher, distance, **rest)
+    return partial(chapter.consistency_distillation_loss, lesson=teaching, times=times)
+
+
+def ict(draw, n, first=4, last=8):
+    """The loss_fn of ict, in a training of 10 steps."""
+    levels = partial(chapter.ict_levels, steps=10, first=first, last=last)
+    return partial(chapter.consistency_training_loss, lesson=lesson(draw, n), levels=levels)
+
+
 @pytest.mark.parametrize("h, expected, tolerance", [(0.1, 3.99e-7, 0.03), (0.05, 4.9e-9, 0.03), (0.025, 6.7e-11, 0.03)])
 def test_consistency_distillation_at_the_exact_function_has_heuns_error_alone(h, expected, tolerance):
     torch.manual_seed(0)
     times = torch.tensor([0.4 + h, 0.4], dtype=torch.float64)
-    loss = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 100000)(
-        exact_student, None, 0)
+    loss = consistency(draw_gaussian, 100000, times)(exact_student, None, 0)
     assert loss.mean().item() == pytest.approx(expected, rel=tolerance)
 
 
@@ -283,7 +309,7 @@ def test_consistency_distillation_is_zero_at_the_exact_function_with_an_exact_od
         return s[:, None] * M + (spread(s) / spread(t))[:, None] * (x - t[:, None] * M)
     monkeypatch.setattr(chapter, "move", exact_move)
     times = torch.linspace(1, 0, 9, dtype=torch.float64)
-    loss = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 1000)(exact_student, None, 0)
+    loss = consistency(draw_gaussian, 1000, times)(exact_student, None, 0)
     assert loss.max() < 1e-25
 
 
@@ -293,8 +319,7 @@ def test_consistency_distillation_asks_for_heuns_map():
     losses = {}
     for name, step_gain in (("heun", heun_gain), ("euler", euler_gain)):
         student = follower(times, step_gain)
-        loss_fn = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 2000)
-        losses[name] = loss_fn(student, None, 0).mean().item()
+        losses[name] = consistency(draw_gaussian, 2000, times)(student, None, 0).mean().item()
         assert jump_gain(student) == pytest.approx({"heun": .502441, "euler": .414785}[name], abs=1e-6)
     assert losses["heun"] < 1e-25 and losses["euler"] > 1e-5
 
@@ -306,8 +331,8 @@ def test_consistency_training_at_the_exact_function_is_not_zero(monkeypatch, h, 
     times = torch.tensor([0.4 + h, 0.4], dtype=torch.float64)
     monkeypatch.setattr(chapter, "karras_times", lambda n: times)
     chapter.ict_grid.cache_clear()
-    monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
-    loss = chapter.consistency_training_loss(draw_gaussian, 400000, 10, (4, 8))(exact_student, None, 0)
+    monkeypatch.setattr(chapter, "pseudo_huber", squared)
+    loss = ict(draw_gaussian, 400000)(exact_student, None, 0)
     chapter.ict_grid.cache_clear()
     weight = 1 / (0.6 / 0.4 - (0.6 - h) / (0.4 + h))
     assert loss.mean().item() == pytest.approx(expected * weight, rel=0.01)
@@ -321,7 +346,7 @@ def test_consistency_training_asks_for_euler_steps_of_the_exact_velocity(monkeyp
     weights = times[1:] * times[:-1] / (times[:-1] - times[1:])
     monkeypatch.setattr(chapter, "ict_grid", lambda n, device: (times, torch.eye(8)[i], weights))
     if distance == "squared":
-        monkeypatch.setattr(chapter, "pseudo_huber", lambda a, b: squared(a, b, 0))
+        monkeypatch.setattr(chapter, "pseudo_huber", squared)
     torch.manual_seed(0)
     raw = torch.randn(100000, 2, dtype=torch.float64)
     white = torch.linalg.qr(raw - raw.mean(0))[0] * 100000 ** 0.5      # moments up to the second are exact
@@ -331,7 +356,7 @@ def test_consistency_training_asks_for_euler_steps_of_the_exact_velocity(monkeyp
         student = follower(times, euler_gain)
         with torch.no_grad():
             student.slope[i + 1] += change
-        chapter.consistency_training_loss(draw, 100000, 10, (8, 8))(student, None, 0).mean().backward()
+        ict(draw, 100000, first=8)(student, None, 0).mean().backward()
         return student.slope.grad[i + 1].abs().item()
     assert gradient(0.0) < (1e-12 if distance == "squared" else 0.1 * gradient(0.1))
     assert gradient(0.1) > 1e-3
@@ -359,13 +384,17 @@ def test_the_grid_is_the_published_one():
     assert torch.allclose(chapter.ict_grid(1281)[2].double(), 1 / sigma.diff(), rtol=1e-6)
 
 
-def test_the_chances_are_the_published_ones():
-    p = chapter.ict_chances(chapter.karras_times(11))
+def test_the_chances_are_the_published_ones(monkeypatch):
+    chapter.ict_grid.cache_clear()
+    p = chapter.ict_grid(11)[1]
     assert p.sum().item() == pytest.approx(1) and p[:3].tolist() == pytest.approx([.0676, .1808, .2442], abs=1e-4)
-    sigma = chapter.karras_times(11).clone()
-    sigma[0] = 1 / 1.002                                    # the paper's own first level
-    assert chapter.ict_chances(sigma).tolist() == pytest.approx(
+    times = chapter.karras_times(11)
+    times[0] = 1 / 1.002                                    # the paper's own first level
+    monkeypatch.setattr(chapter, "karras_times", lambda n: times)
+    chapter.ict_grid.cache_clear()
+    assert chapter.ict_grid(11)[1].tolist() == pytest.approx(
         [.0626, .1817, .2455, .2135, .1425, .0806, .0411, .0196, .0089, .0040], abs=6e-5)
+    chapter.ict_grid.cache_clear()
 
 
 def test_the_number_of_levels_doubles_as_published():
@@ -395,7 +424,7 @@ def test_both_ends_share_the_dropout_mask_and_only_the_noisy_one_learns():
     masks = []
     for step in range(2):
         torch.manual_seed(step)
-        y, target = chapter.both_ends(network, x, t, network, x, t)
+        y, target = chapter.both_ends(network, network, (x, t), (x, t))
         assert torch.equal(y, target) and y.requires_grad and not target.requires_grad
         masks.append(y)
     assert not torch.equal(*masks)
@@ -407,8 +436,8 @@ def test_the_consistency_target_comes_from_the_weights_that_were_asked_for(avera
     times = torch.tensor([0.9, 0.5], dtype=torch.float64)
     student, seen = Spy(), []
     average = SimpleNamespace(model=lambda x, t, labels: 0 * x + 5)
-    loss_fn = chapter.consistency_distillation_loss(draw_gaussian, lambda x, t, labels: 0 * x, times,
-                                                    lambda a, b, step: seen.append((a, b)) or a - b, 64, averaged)
+    loss_fn = consistency(draw_gaussian, 64, times, lambda x, t, labels: 0 * x,
+                          lambda a, b: seen.append((a, b)) or a - b, averaged=averaged)
     student.forward = lambda x, t, labels: 0 * x * student.scale
     loss_fn(student, average, 0)
     (y, target), = seen                                     # the teacher stands still: x_r = x_t
@@ -421,7 +450,7 @@ def test_without_the_boundary_a_constant_would_satisfy_consistency(monkeypatch):
 
     def constant(x, t, labels=None):
         return torch.ones_like(x)
-    cd = chapter.consistency_distillation_loss(draw_gaussian, exact_velocity, times, squared, 100)
+    cd = consistency(draw_gaussian, 100, times)
     assert cd(constant, None, 0).mean() > 0.01
     monkeypatch.setattr(chapter, "jump", lambda velocity, x, t: velocity(x, t))
     assert cd(constant, None, 0).max() == 0
@@ -435,13 +464,13 @@ def test_two_steps_of_consistency_sampling_have_the_predicted_spread():
             return (ends - x) / (1 - t[:, None])
         z = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64)
         again = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
-        x = chapter.consistency_sample(velocity, z, (1 / 81, 1 / 1.821), [again]).flatten()
+        x = chapter.consistency_sample(velocity, [z, again], [1 / 81, 1 / 1.821]).flatten()
         assert math.hypot(x[1] - x[0], x[2] - x[0]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_sampling_wants_a_noise_for_every_time_but_the_first():
+def test_sampling_wants_a_noise_for_every_time():
     with pytest.raises(ValueError):
-        chapter.consistency_sample(exact_student, torch.zeros(1, 1), (0.1, 0.5))
+        chapter.consistency_sample(exact_student, [torch.zeros(1, 1)], [0.1, 0.5])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,10 +495,8 @@ def test_every_method_costs_per_step_what_the_budget_counts():
         calls.append(1)
         return x
     times = torch.linspace(1, 0, 5, dtype=torch.float64)
-    losses = {"rf": chapter.distillation_loss(draw_gaussian, squared, 2),
-              "progressive": chapter.progressive_loss(draw_gaussian, teacher, 2, 4),
-              "consistency": chapter.consistency_distillation_loss(draw_gaussian, teacher, times, squared, 2),
-              "ict": chapter.consistency_training_loss(draw_gaussian, 2, 10, (4, 8))}
+    losses = {"rf": distillation(draw_gaussian, 2), "progressive": progressive(draw_gaussian, teacher, 2, 4),
+              "consistency": consistency(draw_gaussian, 2, times, teacher), "ict": ict(draw_gaussian, 2)}
     for name, loss_fn in losses.items():
         calls.clear()
         loss_fn(Counting(), None, 0).sum().backward()
@@ -480,7 +507,6 @@ def test_every_method_costs_per_step_what_the_budget_counts():
 def test_the_budget_is_the_same_for_all_methods(solver, per_pair):
     config = chapter.Config(pairs=1000, pair_steps=8, pair_solver=solver, reflow_steps=700, distill_steps=500, batch=32)
     total, reflow = 1000 * per_pair + 3 * 32 * 500, 1000 * per_pair + 3 * 32 * 700
-    assert chapter.budget(config) == total
     assert chapter.spent("rf", config) == (total, reflow) and chapter.spent("direct", config) == (total, 0)
     for name in ("progressive", "consistency", "ict"):
         assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), 0)
@@ -532,12 +558,15 @@ def test_too_few_points_for_the_neighbours_are_refused():
 
 
 def test_lpips_takes_over_from_squares_at_the_switch():
-    config = chapter.Config(lpips_net="squeeze", lpips_size=32)
-    a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
-    distance = chapter.make_distance("lpips", config, torch.device("cpu"), switch=3)
-    assert torch.equal(distance(a, b, 2), squared(a, b, 2))
-    expected = chapter.Perceptual("squeeze", 32, "random")(a, b)
-    assert torch.allclose(distance(a, b, 3), expected) and not torch.allclose(expected, squared(a, b, 0))
+    z1, z0 = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    perceptual = chapter.Perceptual("squeeze", 32, "random")
+    teaching = chapter.Lesson(lambda: (z0, z1, None), distance=perceptual, squares=3)
+
+    def loss(step):
+        return chapter.distillation_loss(lambda x, t, labels: 0 * x, None, step, teaching)
+    assert torch.equal(loss(2), squared(z0, z1))
+    expected = perceptual(z0, z1)
+    assert torch.allclose(loss(3), expected) and not torch.allclose(expected, squared(z0, z1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,14 +576,15 @@ def test_lpips_takes_over_from_squares_at_the_switch():
 
 def test_a_run_leaves_what_the_readme_says(finished):
     names = {path.name for path in finished.folder.iterdir()}
-    assert names == {"config.json", "metrics.csv", "checkpoint.pt", "pairs", "results.json", "methods.png", "quality.png",
-                     "1-rf.pt", "2-rf.pt", *(f"{name}.pt" for name in STUDENTS)}
+    stages = {f"{name}.{kind}" for name in ["1-rf", "2-rf", *STUDENTS] for kind in ("pt", "csv")}
+    assert names == {"run.json", "pairs", "results.json", "methods.png"} | stages
     results = json.loads((finished.folder / "results.json").read_text())["methods"]
     assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf", "progressive", "consistency", "ict"]
     for name, row in results.items():
         assert f"\n{name:>16}" in finished.out
-        assert all(math.isfinite(row[key]) for key in ("precision", "recall", "density", "coverage", "evaluations"))
+        assert all(math.isfinite(row[key]) for key in ("precision", "recall", "density", "coverage"))
         assert all(map(math.isfinite, row["FD"].values())) and (name == "real data" or set(row["FD"]) == {"1", "2"})
+        assert name == "real data" or f"{row['evaluations']:,}" in finished.out and math.isfinite(row["to_teacher"])
     assert "dry run" in finished.out
 
 
@@ -569,7 +599,7 @@ def test_a_finished_run_is_only_measured_again(finished, here, run):
 def test_each_method_alone_gives_the_same_network_as_all_together(finished, here, run, method):
     code, _, err = run(*TINY, "--method", method, "--teacher", finished.folder / "1-rf.pt")
     assert code == 0, err
-    made = {path.stem for path in (here / "runs" / NAME / "quick").glob("*.pt")} - {"1-rf", "checkpoint"}
+    made = {path.stem for path in (here / "runs" / NAME / "quick").glob("*.pt")}
     wanted = {"rf": {"2-rf", "direct", "rf"}, "progressive": {"progressive-1", "progressive-2"}}.get(method, {method})
     assert made == wanted
     assert same_weights(finished.folder, here / "runs" / NAME / "quick", *sorted(wanted))
@@ -579,15 +609,15 @@ def test_a_given_reflow_is_used(finished, here, run):
     teacher, reflow = finished.folder / "1-rf.pt", finished.folder / "2-rf.pt"
     code, _, err = run(*TINY, "--method", "rf", "--teacher", teacher, "--reflow", reflow)
     folder = here / "runs" / NAME / "quick"
-    assert code == 0 and same_weights(finished.folder, folder, "2-rf", "rf"), err
+    assert code == 0 and same_weights(finished.folder, folder, "rf"), err
     assert {stage for stage, _ in log_rows(folder)} == {"direct", "rf"}
 
 
 @pytest.mark.parametrize("stage, step", [("direct", 2), ("progressive-1", 2), ("consistency", 4), ("ict", 4)])
 def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(finished, here, run, stage, step):
     order = ["1-rf", "2-rf", *STUDENTS]
-    later = [f"{name}.pt" for name in order[order.index(stage):]]
-    folder = copy_run(finished, here, *later, "results.json", "checkpoint.pt")
+    later = [f"{name}.{kind}" for name in order[order.index(stage):] for kind in ("pt", "csv")]
+    folder = copy_run(finished, here, *later, "results.json")
     code = driver(NAME, kill_after_row(stage, step))
     process = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True, timeout=300)
     assert process.returncode == -9, process.stderr
@@ -609,15 +639,16 @@ def test_two_processes_share_the_work(here):
     ("--method best", ["--method", "invalid choice"]),
     ("--levels 10", ["--levels 10", "first and the last"]),
     ("--levels 20 10", ["--levels 20 10"]),
-    ("--middle 1", ["--middle 1.0", "between 0 and 1"]),
+    ("--middle 1", ["--middle 1.0 is outside"]),
     ("--neighbours 12", ["--neighbours 12", "--eval-size"]),
     ("--samples 4", ["--checkpoint"]),
     ("--export a.pt2", ["--checkpoint"]),
-    ("--checkpoint none.pt --samples 2 --out a", ["no checkpoint none.pt"]),
+    ("--checkpoint none.pt --samples 2 --out a", ["none.pt is missing"]),
     ("--checkpoint none.pt", ["--samples N", "--export FILE"]),
     ("--checkpoint none.pt --samples 2", ["--out FOLDER"]),
-    ("--teacher none.pt", ["no checkpoint none.pt"]),
-    ("--reflow none.pt", ["no checkpoint none.pt"]),
+    ("--checkpoint none.pt --samples 2 --export a.pt2", ["--out FOLDER"]),
+    ("--teacher none.pt", ["none.pt is missing"]),
+    ("--reflow none.pt", ["none.pt is missing"]),
     ("--halvings 0", ["--halvings 0 is outside"]),
     ("--distance l7", ["--distance"]),
     ("--lpips-weights none.pth", ["--lpips-weights none.pth"]),
@@ -640,7 +671,7 @@ def test_other_settings_do_not_continue_a_run(finished, here, run):
     copy_run(finished, here)
     code, _, err = run(*TINY, "--student-lr", "0.1")
     assert code == 2
-    one_line(err, "student_lr=0.003 (now 0.1)", "--fresh")
+    one_line(err, "student_lr=0.003", "now it is 0.1", "--fresh")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -658,8 +689,10 @@ def test_pictures_are_those_of_the_network_in_the_file(finished, here, run, name
                          "--device", "cpu")
     assert code == 0 and "5 pictures" in out, err
     assert {path.name for path in (here / "drawn").iterdir()} == {"samples.png", *(f"{i:05d}.png" for i in range(5))}
-    flow, start = chapter.open_network(finished.folder / f"{name}.pt", "cpu")
-    assert start == (pytest.approx(1 / 81) if name in ("consistency", "ict") else 0)
+    flow, stage = chapter.open_network(finished.folder / f"{name}.pt", "cpu")
+    assert stage == name
+    start = 1 / 81 if name in ("consistency", "ict") else 0.0
+    assert chapter.Generator(flow, stage).start == start == pytest.approx(chapter.karras_times(2)[-1].item() * bool(start))
     index = torch.arange(5)
     z0 = chapter.pair_noise(chapter.seed_for(0, 999), index, (3, 8, 8))
     t = torch.full((5,), start)
@@ -700,8 +733,7 @@ def test_the_exported_generator_draws_the_same_without_the_repository(finished, 
     torch.save(z0, here / "z0.pt")
     process = subprocess.run([sys.executable, "-c", LOAD_ALONE], cwd=here, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    flow, start = chapter.open_network(finished.folder / f"{name}.pt", "cpu")
-    expected = chapter.Generator(flow, start)(z0, torch.arange(7) % 4)
+    expected = chapter.Generator(*chapter.open_network(finished.folder / f"{name}.pt", "cpu"))(z0, torch.arange(7) % 4)
     for n, images in torch.load(here / "images.pt").items():
         assert torch.allclose(images, expected[:n], atol=1e-6)
     assert len(set(expected.flatten().tolist())) > 9 and expected.abs().max() <= 1
@@ -709,7 +741,7 @@ def test_the_exported_generator_draws_the_same_without_the_repository(finished, 
 
 def test_a_file_that_is_no_network_is_one_line(finished, here, run):
     torch.save({"config": {"image_size": 8}, "model": {"a": torch.zeros(2)}}, "odd.pt")
-    for file, words in (("odd.pt", ["odd.pt is no network"]), (finished.folder / "config.json", ["no checkpoint"])):
+    for file, words in (("odd.pt", ["odd.pt is no network"]), (finished.folder / "run.json", ["is missing, broken or not ours"])):
         code, _, err = run("--checkpoint", file, "--samples", 2, "--out", "drawn", "--device", "cpu")
         assert code == 2 and not (here / "drawn").exists()
         one_line(err, *words)
