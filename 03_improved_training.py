@@ -6,8 +6,7 @@ measured by.  That frees three choices which chapter 2 took from 1-RF, and [Lee+
     how far    not |.|^2 but LPIPS-Huber: a robust distance of velocities plus a perceptual one of pictures     [4.2]
                t huber(v, x1 - x0) + LPIPS(x1, x1_hat) / (1 - t),   x1_hat = x_t + (1 - t) v
     from whom  pairs and start weights come from a diffusion teacher, which is a velocity in disguise           [4.3]
-Real pictures can join, inverted to noise [4.4], and in few steps a new update rule beats Euler's [5.3].  (The paper's
-time runs the other way: t there is 1 - t here.)
+Real pictures can join, inverted to noise [4.4]; in few steps a new rule beats Euler's [5.3].  (The paper's t is 1 - t.)
 
     python 03_improved_training.py                             # teacher, pairs, baseline A and 2-RF++ F, on shapes
     python 03_improved_training.py --ablate --seeds 3          # the paper's ladder A to G, three seeds
@@ -84,15 +83,20 @@ def pseudo_huber(v, target):
     return ((v - target).flatten(1).square().sum(1) + c ** 2).sqrt().sub(c) / d
 
 
-def lpips_huber(v, x0, x1, t, perceptual, divide=False):
-    """t huber(v, x1 - x0) + LPIPS(x1, x1_hat) [/ (1 - t) if divide]: configurations E and F [Lee+24 section 4.2].
+def lpips_huber(v, x0, x1, t, perceptual):
+    """t huber(v, x1 - x0) + LPIPS(x1, x1_hat): configuration E [Lee+24 section 4.2].  Returns (B,).
 
     v: (B, C, H, W) the network's velocity at x_t;  x0, x1: the pair;  t: (B,);  perceptual: (a, b) -> (B,).
     LPIPS compares pictures, so it sees x1_hat = x_t + (1 - t) v, whose error is (1 - t) times that of v.
     """
     x1_hat = interpolate(x0, x1, t) + per_sample(1 - t, v) * v
-    weight = 1 / (1 - t).clamp(min=1e-5) if divide else 1.0
-    return t * pseudo_huber(v, x1 - x0) + weight * perceptual(x1, x1_hat)
+    return t * pseudo_huber(v, x1 - x0) + perceptual(x1, x1_hat)
+
+
+def lpips_huber_divided(v, x0, x1, t, perceptual):
+    """t huber(v, x1 - x0) + LPIPS(x1, x1_hat) / (1 - t): configuration F, which listens to LPIPS near the data, too."""
+    x1_hat = interpolate(x0, x1, t) + per_sample(1 - t, v) * v
+    return t * pseudo_huber(v, x1 - x0) + 1 / (1 - t).clamp(min=1e-5) * perceptual(x1, x1_hat)
 
 
 # Differs from 02_reflow.py: a recipe, one row of LADDER below, says when to look and how to measure
@@ -108,9 +112,8 @@ def pair_loss(model, ema, step, draw, recipe):
 def few_step_sample(velocity, x0, times, rule="new"):
     """Sampling in few steps [Lee+24 section 5.3, algorithm 2]: always on the line from a noise to the guess of x1.
 
-    x0: (B, *D);  times: any grid, increasing from 0, a final 1 may be left out;  rule: "new" keeps the first noise,
-    "euler" takes the present guess of it.  On straight paths both agree; on curved ones the new rule is no ODE solver
-    and fails for many steps.  Returns x1 (B, *D).
+    x0: (B, *D);  times: any grid from 0, a final 1 may be left out;  rule: "new" keeps the first noise, "euler" guesses
+    it anew.  On straight paths both agree; on curved ones the new rule is no ODE solver.  Returns x1 (B, *D).
     """
     x = x0
     grid = [float(t) for t in times if t < 1] + [1.0]
@@ -153,8 +156,8 @@ LADDER = {      # the paper's configurations, each adding to the one before: whe
     "C": (u_shaped_times, squared_distance),
     "D": (u_shaped_times, huber_distance),
     "E": (u_shaped_times, lpips_huber),
-    "F": (u_shaped_times, partial(lpips_huber, divide=True)),
-    "G": (u_shaped_times, partial(lpips_huber, divide=True)),   # F, then some steps on real pictures
+    "F": (u_shaped_times, lpips_huber_divided),
+    "G": (u_shaped_times, lpips_huber_divided),                   # F, then some steps on real pictures
 }
 
 
@@ -237,12 +240,13 @@ def main(config):
     recipes = choose_recipes(run)
     features = choose_features(run)
     images, labels, class_names = load_data(run)
-    data = to_device(images, run.device), labels.to(run.device), class_names
-    if not config.conditional:
-        data = data[0], None, []
+    images = to_device(images, run.device)
+    labels = labels.to(run.device) if config.conditional else None
+    class_names = class_names if config.conditional else []
+    data = images, labels, class_names
     teacher = find_teacher(data, run)
     write_pairs(run, "2-rf", Velocity(teacher, config), stream=2)
-    draw = partial(draw_stored, load_pairs(run, "2-rf"), seed_for(config.seed, 2), len(data[2]))
+    draw = partial(draw_stored, load_pairs(run, "2-rf"), seed_for(config.seed, 2), len(class_names))
     flows = {"teacher": [teacher]}
     for name, recipe in recipes.items():
         if name == "G":                                     # goes on from F, on other pairs
@@ -305,7 +309,8 @@ def report(flows, draw, features, data, run):
     index = torch.arange(min(12, run.config.eval_size), device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, images.shape[1:])
     velocities = {name: [Velocity(flow, run.config) for flow in flows[name]] for name in flows}
-    results, strips = {}, {}
+    results = {}
+    strips = {}
     for name in flows:
         results[name] = [evaluate(velocity, draw, real, few, run) for velocity in velocities[name]]
         for steps in (1, 2, 20):
@@ -335,11 +340,11 @@ def sample(velocity, z0, index, steps, method="euler"):
 
 
 @torch.no_grad()
-def edm_sample(velocity, z0, steps, sigma_min=0.002, sigma_max=80.0, rho=7):
-    """EDM's deterministic Heun sampler [Karras+22 algorithm 1] from sigma_max z0 (B, *D): 2 steps - 1 evaluations."""
+def edm_sample(velocity, z0, steps):
+    """EDM's deterministic Heun sampler [Karras+22 algorithm 1], from 80 z0 (B, *D): 2 steps - 1 evaluations."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    y = (z0.float() if z0.device.type == "mps" else z0.double()) * sigma_max                # MPS has no float64
+    sigmas = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    y = (z0.float() if z0.device.type == "mps" else z0.double()) * 80      # MPS has no float64
     for sigma, after in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0]):
         slope = (y - denoise(velocity, y, sigma)) / sigma
         guess = y + (after - sigma) * slope
@@ -372,17 +377,12 @@ def evaluate(velocity, draw, real, few, run):
     x0, x1, labels = draw(500)
     row["error_by_t"] = loss_by_time(partial(velocity, labels=labels), x0, x1, bins=5).tolist()
     torch.manual_seed(seed_for(run.config.seed, 4))         # every network inverts the same slightly noisy pictures
+    flow = partial(velocity, labels=few[1])
     for steps in (1, 2, 4, 8):
-        z0, row["mse"][str(steps)] = round_trip(velocity, *few, steps, run.config.invert_noise)
+        z0 = invert(flow, few[0], steps, noise=run.config.invert_noise)
+        row["mse"][str(steps)] = (integrate(flow, z0, steps)[-1] - few[0]).square().mean().item()
     row["z2"] = z0.flatten(1).square().sum(1).mean().item()
     return row
-
-
-def round_trip(velocity, x1, labels, steps, noise):
-    """Invert pictures in `steps` evaluations and reconstruct in as many: the noise, and the mean squared error."""
-    flow = partial(velocity, labels=labels)
-    z0 = invert(flow, x1, steps, noise=noise)
-    return z0, (integrate(flow, z0, steps)[-1] - x1).square().mean().item()
 
 
 def invert_pictures(velocity, data, run):
@@ -405,15 +405,15 @@ def draw_inverted(z0, images, labels, n):
 
 def edit(velocity, x1, labels, class_names, run):
     """Strips of pictures edited through their noise: decoded again, as every class, and on the way to another one."""
-    z0, _ = round_trip(velocity, x1, labels, 8, run.config.invert_noise)
-    first, own = z0[:10], labels if labels is None else labels[:10]
-    jobs = {"reconstructed": (first, own)}
+    z0 = invert(partial(velocity, labels=labels), x1, 8, noise=run.config.invert_noise)
+    own = labels if labels is None else labels[:10]
+    jobs = {"reconstructed": (z0[:10], own)}
     for i, name in enumerate(class_names[:4]):
-        jobs[f"as {name}"] = first, torch.full_like(own, i)
+        jobs[f"as {name}"] = z0[:10], torch.full_like(own, i)
     mates = torch.arange(len(x1)) if labels is None else (labels == labels[0]).nonzero().flatten()
     other = mates[(x1[mates] - x1[0]).flatten(1).norm(dim=1).argmax()]      # the least alike picture of its class
-    between = torch.stack([slerp(z0[0], z0[other], share) for share in torch.linspace(0, 1, len(first))])
-    jobs["interpolated"] = between, own if own is None else own[:1].expand(len(first))
+    between = torch.stack([slerp(z0[0], z0[other], share) for share in torch.linspace(0, 1, len(z0[:10]))])
+    jobs["interpolated"] = between, own if own is None else own[:1].expand(len(own))
     strips = {"real": x1[:10].cpu()}
     for name, (z, c) in jobs.items():
         strips[name] = few_step_sample(partial(velocity, labels=c), z, (0.0, 0.5)).cpu()
@@ -498,11 +498,10 @@ class InertUnpickler(pickle.Unpickler):
     """Reads modules out of a pickle without running anything in it: names are looked up here, never imported."""
 
     def find_class(self, module, name):
-        known = {"torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-                 "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-                 "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True),
-                 "collections.OrderedDict": dict, "builtins.set": set}
-        return known.get(f"{module}.{name}", Inert)
+        known = {"_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2, "OrderedDict": dict, "set": set,
+                 "_rebuild_parameter": torch._utils._rebuild_parameter,
+                 "_load_from_bytes": lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True)}
+        return known.get(name, Inert)
 
 
 def load_edm(path, run, channels, classes):
@@ -993,6 +992,8 @@ def load_flow(path, run, channels, classes):
             if json.dumps(theirs) != json.dumps(ours):
                 raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
+        if "optimizer" in content:
+            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
@@ -1209,7 +1210,7 @@ def load_folder(run):
     if not names:
         root, names = root.parent, [root.name]
     numbers = {name: i for i, name in enumerate(names)}
-    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile)
+    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
         jobs = pool.imap(partial(decode, size=run.config.image_size), [path for path, _ in files], chunksize=32)
         images = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
@@ -1219,7 +1220,8 @@ def load_folder(run):
         print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
-    return torch.stack([images[i] for i in good]), torch.tensor([files[i][1] for i in good]), names
+    used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
+    return torch.stack([images[i] for i in good]), labels, [names[i] for i in used]
 
 
 def decode(path, size):
