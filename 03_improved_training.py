@@ -928,12 +928,10 @@ def launch(main, Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def draw_independent(images, labels, n):
-    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None.
-
-    Mirroring doubles the data here; on reflow's pairs it would tear z1 from its z0.
-    """
+    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None."""
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
+    # mirroring doubles the data; on reflow's pairs it would tear z1 from its z0
     x1 = torch.where(torch.rand(n, 1, 1, 1, device=x1.device) < 0.5, x1.flip(3), x1)
     return torch.randn_like(x1), x1, None if labels is None else labels[index]
 
@@ -955,18 +953,15 @@ def draw_stored(z1, seed, classes, n):
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file.
-
-    Each process makes every world-th file.  What exists is left alone: a killed run loses the file in hand.
-    """
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file."""
     run.claim()
-    config, seed = run.config, seed_for(run.config.seed, stream)
+    config = run.config
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
     for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
-        if path.exists():
+        if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        _, z1 = make_pairs(velocity, seed, shards[i], config)
+        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
         if not z1.isfinite().all():                         # as bytes nobody would notice
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
@@ -988,8 +983,9 @@ def load_flow(path, run, channels, classes):
     content = load_checkpoint(path)
     try:
         for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
-            theirs, ours = content["config"][name], getattr(run.config, name)
-            if json.dumps(theirs) != json.dumps(ours):
+            theirs = content["config"][name]
+            ours = getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
                 raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
         if "optimizer" in content:
@@ -1006,8 +1002,10 @@ class Velocity:
         compile_network(flow, config)
         kind = next(flow.parameters()).device.type
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-        self.flow, self.evaluations = flow, 0
-        self.shape, self.classes = flow.model.shape, flow.model.classes
+        self.flow = flow
+        self.shape = flow.model.shape
+        self.classes = flow.model.classes
+        self.evaluations = 0
 
     @torch.no_grad()
     def __call__(self, x, t, labels=None):
@@ -1019,7 +1017,8 @@ class Velocity:
 def generate(velocity, run, steps, method="euler"):
     """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, and the evaluations that a batch of them took."""
     seed = seed_for(run.config.seed, 999)                   # new noises, the same for every network and solver
-    before, images = velocity.evaluations, []
+    before = velocity.evaluations
+    images = []
     for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
         z0 = pair_noise(seed, index, velocity.shape)
         images.append(sample(velocity, z0, index, steps, method).cpu())
@@ -1027,7 +1026,7 @@ def generate(velocity, run, steps, method="euler"):
 
 
 class RandomFeatures(nn.Module):
-    """Features (B, 96) of images (B, 3, S, S) in [-1, 1] by seeded random convolutions, each at half the resolution.
+    """Images (B, 3, S, S) in [-1, 1] -> features (B, 96): means and deviations under seeded random convolutions.
 
     They rank samples of one data set; the numbers mean nothing beside anybody's FID.
     """
@@ -1149,7 +1148,8 @@ BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
 
 def shape_distances(x, y, r):
     """Offsets (x, y) from the centre -> signed distances (4, *) in pixels, < 0 inside; each shape fills [-r, r]^2."""
-    wide, narrow = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    wide = torch.maximum(x.abs(), y.abs())
+    narrow = torch.minimum(x.abs(), y.abs())
     circle = (x * x + y * y).sqrt() - r
     square = wide - 0.9 * r                                 # a little smaller, or it looks bigger than the others
     triangle = torch.maximum((2 * x.abs() - y - r) / 5**0.5, wide - r)     # y points down: the tip is at (0, -r)
@@ -1164,7 +1164,8 @@ def shapes(n, size=32, seed=0):
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
     r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
-    cx, cy = (1 + r + (size - 2 - 2 * r) * u[:, i, None, None] for i in (4, 5))     # at least a pixel of background
+    cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
+    cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
     front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
     back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
     pixel = torch.arange(size) + 0.5                        # pixel centres
@@ -1174,9 +1175,10 @@ def shapes(n, size=32, seed=0):
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
         images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    names, grounds = list(COLOURS), list(BACKGROUNDS)
-    words = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {names[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in words]
+    colours = list(COLOURS)
+    grounds = list(BACKGROUNDS)
+    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
+    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
 
 
 def load_data(run):
@@ -1190,7 +1192,8 @@ def load_data(run):
 
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
-    folder, size = run.config.data_dir, run.config.image_size
+    folder = run.config.data_dir
+    size = run.config.image_size
     try:
         if run.config.download and run.rank == 0:
             torchvision.datasets.CIFAR10(folder, download=True)
@@ -1208,7 +1211,8 @@ def load_folder(run):
     root = Path(run.config.data).resolve()
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        root, names = root.parent, [root.name]
+        names = [root.name]
+        root = root.parent
     numbers = {name: i for i, name in enumerate(names)}
     files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
@@ -1296,7 +1300,8 @@ class UNetBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
-        self.resample, self.attention = resample or nn.Identity(), attention
+        self.resample = resample or nn.Identity()
+        self.attention = attention
         self.norm0 = group_norm(c_in)
         self.conv0 = conv(c_in, c_out)
         self.affine = xavier(nn.Linear(emb_dim, c_out))
@@ -1331,10 +1336,12 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
         super().__init__()
-        least, emb_dim = 2 ** (len(mult) - 1), 4 * model_channels
+        least = 2 ** (len(mult) - 1)
         if image_size < least or image_size & (image_size - 1):
             raise ValueError(f"image_size {image_size}: {len(mult)} levels need a power of two, at least {least}")
-        self.shape, self.classes = (image_channels, image_size, image_size), classes
+        self.shape = (image_channels, image_size, image_size)
+        self.classes = classes
+        emb_dim = 4 * model_channels
         if classes:
             self.map_label = xavier(nn.Linear(classes, model_channels))
         self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
@@ -1352,10 +1359,11 @@ class UNet(nn.Module):
                 self.enc[f"{size}x{size}_block{i}"] = block(width, channels, attention=size in attention)
                 width = channels
                 skips.append(width)
-        self.dec = nn.ModuleDict({f"{size}x{size}_in0": block(width, width, attention=True),
-                                  f"{size}x{size}_in1": block(width, width)})
+        lowest = image_size // least
+        self.dec = nn.ModuleDict({f"{lowest}x{lowest}_in0": block(width, width, attention=True),
+                                  f"{lowest}x{lowest}_in1": block(width, width)})
         for size, channels in reversed(levels):
-            if size > image_size // least:
+            if size > lowest:
                 self.dec[f"{size}x{size}_up"] = block(width, width, resample=nn.Upsample(scale_factor=2))
             for i in range(num_blocks + 1):                 # one more: the level's first conv or down is read too
                 attend = size in attention and i == num_blocks
@@ -1381,7 +1389,8 @@ class UNet(nn.Module):
         """x (b, c, h, w), noise_label (b,), labels None, (b,) int64 or (b, classes) -> (b, c, h, w)."""
         if x.shape[1:] != self.shape or (labels is not None and not self.classes):
             raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
-        emb, skips = self.embed(noise_label, labels), []
+        emb = self.embed(noise_label, labels)
+        skips = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
