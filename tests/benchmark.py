@@ -16,7 +16,6 @@ import copy
 import gc
 import itertools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -28,14 +27,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-# Up to torch 2.14 one of the compiler's fused reductions could give wrong gradients (pytorch issue 193061).
-if tuple(int(n) for n in version("torch").split(".")[:2]) < (2, 15):
-    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-
-import torch  # noqa: E402  (the line above must come first)
-from conftest import load  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from conftest import load
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 COLUMNS = ("step", "images/s", "ratio", "± %", "ms/step", "peak GB", "of matmul rate", "note")
 COMPILE_SECONDS = 120  # allowed for a compilation before the first one is measured
@@ -98,6 +93,8 @@ def apply_globals(on):
         import torch._inductor.config as inductor
 
         inductor.force_layout_optimization = on.force_layout
+        if hasattr(inductor.triton, "mix_order_reduction"):  # the scripts' own setting, see compile_network
+            inductor.triton.mix_order_reduction = False
 
 
 def make_batches(images, on, batch, device):
