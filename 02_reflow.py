@@ -151,7 +151,7 @@ class Config:
         "paper": dict(                                      # [Liu+22] appendix: DDPM++, 4 M pairs by rk45, constant rate
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
-            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, digits=5, log_every=1000),
+            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, digits=5, log_every=500),
     }
 
 
@@ -514,7 +514,6 @@ def load_data(run):
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
     folder = run.config.data_dir
-    size = run.config.image_size
     try:
         if run.config.download and run.rank == 0:
             torchvision.datasets.CIFAR10(folder, download=True)
@@ -523,7 +522,7 @@ def load_cifar10(run):
     except RuntimeError as error:                           # torchvision's word for missing or broken files
         raise UserError(f"no CIFAR-10 in {folder} ({error}): pass --download to fetch it (170 MB)") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).contiguous()
+    images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
 

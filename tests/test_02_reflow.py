@@ -251,6 +251,17 @@ def test_a_deleted_shard_alone_is_made_again(tmp_path):
     assert make(tmp_path).evaluations == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_samples_that_are_not_finite_are_not_stored(tmp_path, value):
+    """One bad number among many; as a byte it would look like any other."""
+    class Diverged(Bent):
+        def __call__(self, x, t, labels):
+            return super().__call__(x, t, labels).index_fill(0, torch.tensor(3), value)
+    with pytest.raises(chapter.UserError, match="not finite.*--lr"):
+        make(tmp_path, Diverged())
+    assert not content(tmp_path)
+
+
 def test_processes_share_the_shards(tmp_path, monkeypatch):
     make(tmp_path / "alone")
     shares = []

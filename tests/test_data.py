@@ -341,7 +341,11 @@ def test_a_failing_cifar10_download_is_one_line(tmp_path, monkeypatch):
 def test_one_process_fetches_cifar10_before_the_others_look(monkeypatch, download, rank, asked):
     data, calls = np.zeros((4, 32, 32, 3), np.uint8), []
     fake = SimpleNamespace(data=data, targets=[0, 1, 1, 0], classes=["a", "b"])
-    monkeypatch.setattr(m.torchvision.datasets, "CIFAR10", lambda folder, download=False: [calls.append(download), fake][1])
+
+    def cifar(folder, download=False):
+        calls.append(download)
+        return fake
+    monkeypatch.setattr(m.torchvision.datasets, "CIFAR10", cifar)
     run = some_run("cifar10", download=download)
     run.rank, run.wait = rank, lambda: calls.append("wait")
     m.load_data(run)
