@@ -17,7 +17,7 @@ Diffusion's noise levels, y = x1 + sigma x0, are this set's times: t = 1 / (1 + 
     python 04_distill.py --preset gpu --download --teacher runs/02_reflow/gpu/1-rf.pt           # CIFAR-10
 
 You will see, in runs/04_distill/quick/: methods.png (the same 16 noises through every method), and a table: Frechet
-distance after one and two steps, precision, recall, density, coverage, and the evaluations spent.
+distance after one and two steps, precision, recall, density, coverage, evaluations spent.
 [Liu+22] Flow Straight and Fast, arXiv 2209.03003.  [SH22] Progressive Distillation, arXiv 2202.00512.  [Song+23]
 Consistency Models, arXiv 2303.01469.  [SD24] Improved Techniques for Training Consistency Models, arXiv 2310.14189.
 [Kyn+19] arXiv 1904.06991 (precision, recall).  [Nae+20] arXiv 2002.09797 (density, coverage).
@@ -76,7 +76,6 @@ def jump(velocity, x, t):
     return x + per_sample(1 - t, x) * velocity(x, t)
 
 
-# Differs from 03_improved_training.py: a step of a solver
 def move(velocity, x, t, s, heun=False):
     """One step of dz = v dt from times t to s (B,), by Euler or Heun.  Euler's is that of DDIM, exactly."""
     step = per_sample(s - t, x)
@@ -185,7 +184,7 @@ class Config:
     data: str = "shapes"                                    # shapes, cifar10, or a folder of class sub-folders
     data_dir: str = "data"                                  # where CIFAR-10 and the Inception network are kept
     download: bool = False                                  # fetch CIFAR-10 or the Inception network if missing
-    data_size: Annotated[int, 2, 10 ** 8] = 20000           # pictures of the procedural set
+    data_size: Annotated[int, 16, 10 ** 8] = 20000          # pictures of the procedural set
     image_size: Annotated[int, 4, 1024] = 16                # side in pixels; a power of two
     teacher: str = ""                                       # a finished 1-rf.pt (chapters 2 and 4) as 1-RF
     reflow: str = ""                                        # a finished 2-rf.pt as 2-RF; its cost counts all the same
@@ -207,8 +206,7 @@ class Config:
     grid: Annotated[int, 3, 2000] = 18                      # noise levels of consistency distillation
     distance: Literal["squared", "huber", "lpips"] = "huber"    # distance in consistency distillation
     target: Literal["student", "ema"] = "student"           # consistency's target: by own weights, or their average
-    levels: Annotated[tuple, 2, 10 ** 6] = (10, 80)         # ict: noise levels, first and last ([SD24]: 10 1280)
-    middle: Annotated[float, 0.01, 0.99] = 0.549            # t where two-step sampling adds noise (sigma 0.821 [SD24])
+    levels: Annotated[int, 10, 10 ** 6] = 80                # ict: noise levels at the end, 10 at first ([SD24]: 1280)
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
     mult: Annotated[tuple, 1, 64] = (1, 1, 1)               # width of each level, in multiples of channels
@@ -222,8 +220,7 @@ class Config:
     warmup: Whole = 50                                      # steps of linear warm-up
     grad_clip: Amount = 1.0                                 # largest gradient norm
     ema_decay: Share = 0.998                                # decay of the averaged weights
-    eval_size: Annotated[int, 8, 10 ** 7] = 500             # samples of every metric (FID wants 50000)
-    neighbours: Count = 5                                   # k of precision, recall, density and coverage
+    eval_size: Annotated[int, 16, 10 ** 7] = 500            # samples of every metric (FID wants 50000)
     fid: bool = False                                       # true FID: Inception in place of small random features
     seed: Whole = 0                                         # seed of every random draw
     checkpoint: str = ""                                    # draw from this network and end: with --samples or --export
@@ -240,13 +237,13 @@ class Config:
         "gpu": dict(                                        # one GPU, about half an hour after chapter 2's teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
-            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=6, levels=(10, 160), shard=500,
+            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=6, levels=160, shard=500,
             lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, log_every=500),
         "paper": dict(                                      # [Liu+22]'s sizes for reflow; every method costs 0.6 G
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=512, steps=600000, reflow_steps=300000, distill_steps=300000, lr=2e-4, student_lr=1e-4,
             lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, pair_steps=64, halvings=10,
-            levels=(10, 1280), distance="lpips", lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
+            levels=1280, distance="lpips", lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
             shard=1000, eval_size=50000, log_every=2000),
     }
 
@@ -263,8 +260,12 @@ def main(config):
     if config.checkpoint or config.samples or config.export:
         return draw_from_checkpoint(run)
     images, labels, names = load_data(run)
-    perceptual = check_options(run, images)
+    if len(images) < 16:
+        raise UserError(f"--data {config.data}: {len(images)} pictures are too few to measure with; give at least 16")
     features, label = choose_features(run)
+    perceptual = None
+    if config.distance == "lpips" or config.lpips_share and config.method in ("all", "rf"):
+        perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     classes = len(names) if config.conditional else 0
     torch.manual_seed(seed_for(config.seed, 0))                                 # the start weights
     flow = Flow(config, 3, classes)
@@ -328,8 +329,7 @@ def follow_teacher(lesson, run):
 
 def follow_lines(lesson, run):
     """ict: from 1-RF's weights like the others, so that budgets compare; its loss knows no teacher."""
-    first, last = run.config.levels
-    levels = partial(ict_levels, steps=training_steps(run.config)["ict"], first=first, last=last)
+    levels = partial(ict_levels, steps=training_steps(run.config)["ict"], first=10, last=run.config.levels)
     loss = partial(consistency_training_loss, lesson=Lesson(lesson.draw), levels=levels)
     student = train_student("ict", lesson.teacher.flow, loss, 7, run)
     return {"ict": {1: student, 2: student}}
@@ -345,17 +345,17 @@ def report(networks, images, features, label, run):
     held_out = image_features(images[order[:size]], features, run.device)
     others = image_features(images[order[size:2 * size]], features, run.device)
     ceiling = {"FD": {"-": frechet_from_moments(*moments(others), *training_set)}}
-    rows = {"real data": ceiling | manifold_metrics(held_out, others, config.neighbours)}
-    ends, _ = generate(Velocity(networks["1-RF"][1], config), run, 10, "heun")
+    rows = {"real data": ceiling | manifold_metrics(held_out, others)}
+    ends = generate(Velocity(networks["1-RF"][1], config), run, 10, "heun")
     strips = {"1-RF, 20 evaluations": ends[:16]}
     for name, by_steps in networks.items():
         row = {"FD": {}}
         for nfe, flow in by_steps.items():
-            pictures = draw_pictures(name, Velocity(flow, config), nfe, run)
+            pictures = generate(Velocity(flow, config), run, nfe, "jumps" if name in JUMPERS else "euler")
             found = image_features(pictures, features, run.device)
             row["FD"][str(nfe)] = frechet_from_moments(*moments(found), *training_set)
             if nfe == 1:
-                row |= manifold_metrics(held_out, found[:size], config.neighbours)
+                row |= manifold_metrics(held_out, found[:size])
                 row["to_teacher"] = (pictures - ends).square().mean().item()
             strips[f"{name}, {nfe} step{'s' * (nfe > 1)}"] = pictures[:16]
         row["evaluations"], row["reflow"] = spent(name, config)
@@ -367,23 +367,11 @@ def report(networks, images, features, label, run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: checks, equal budgets, noise levels, distances
+# Training: equal budgets, noise levels, distances
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Evaluations that one image costs in one training step: forward 1, backward 2, teacher and target 1 each.
 COST = {"direct": 3, "rf": 3, "progressive": 5, "consistency": 6, "ict": 4}
-
-
-def check_options(run, images):
-    """UserError for settings that do not go together, before anything is written.  Returns LPIPS, or None if unused."""
-    config = run.config
-    size = min(config.eval_size, len(images) // 2)
-    if len(config.levels) != 2 or config.levels[1] < config.levels[0]:
-        raise UserError(f"--levels {' '.join(map(str, config.levels))}: give the first and the last number of levels")
-    if config.neighbours >= size // 2:
-        raise UserError(f"--neighbours {config.neighbours} is too much for {size} pictures, see --eval-size")
-    if config.distance == "lpips" or config.lpips_share and config.method in ("all", "rf"):
-        return place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
 
 
 def pair_cost(config):
@@ -394,7 +382,7 @@ def pair_cost(config):
 def training_steps(config):
     """Steps of every method and round: those of direct and rf as set, of the others as many as cost the same.
 
-    All rounds of progressive distillation get one share but the last two, the hard ones, which get two [SH22].
+    The rounds of progressive share its steps equally, but the last two, the hard ones, count double [SH22].
     """
     budget = pair_cost(config) + COST["rf"] * config.batch * config.distill_steps
     steps = {method: max(1, round(budget / (cost * config.batch))) for method, cost in COST.items()}
@@ -407,10 +395,10 @@ def training_steps(config):
 
 def spent(name, config):
     """Network evaluations of a network after 1-RF: those of its method, and those of its reflow, pairs included."""
-    training = COST.get(name, 0) * config.batch * training_steps(config).get(name, 0)
-    pairs = pair_cost(config) if name in ("direct", "rf") else 0
+    own = COST.get(name, 0) * config.batch * training_steps(config).get(name, 0)
+    own += pair_cost(config) if name in ("direct", "rf") else 0
     reflow = pair_cost(config) + 3 * config.batch * config.reflow_steps if name in ("2-RF", "rf") else 0
-    return pairs + training, reflow
+    return own, reflow
 
 
 def train_student(name, start, loss, stream, run):
@@ -475,10 +463,11 @@ def pseudo_huber(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling and metrics
+# Sampling, metrics, exporting
 # ----------------------------------------------------------------------------------------------------------------------
 
-NOISIEST = 1 / 81                                           # t of sigma = 80, where consistency's and ict's step starts
+JUMPERS = ("consistency", "ict")                            # they draw by jumps, the others by Euler steps
+JUMP_TIMES = [1 / 81, 0.549]                                # from sigma = 80; a second time from 0.821 [SD24]
 
 
 def consistency_sample(velocity, noises, times):
@@ -493,19 +482,17 @@ def consistency_sample(velocity, noises, times):
     return x1
 
 
-def draw_pictures(name, velocity, nfe, run):
-    """config.eval_size samples by 1 or 2 evaluations, from the same noises for all.  (N, C, H, W) on the CPU.
-
-    consistency and ict jump, the second time from --middle; the others take Euler steps.
-    """
-    if name not in ("consistency", "ict"):
-        return generate(velocity, run, nfe)[0]
-    times = [NOISIEST] if nfe == 1 else [NOISIEST, run.config.middle]
+# Differs from 02_reflow.py: consistency and ict jump, the second time from new noise
+def generate(velocity, run, steps, method="euler"):
+    """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, from the same noises for every network."""
     images = []
     for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
-        noises = [pair_noise(seed_for(run.config.seed, 999 - i), index, velocity.shape) for i in range(nfe)]
-        flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
-        images.append(consistency_sample(flow, noises, times).cpu())
+        noises = [pair_noise(seed_for(run.config.seed, stream), index, velocity.shape) for stream in (999, 998)]
+        if method == "jumps":
+            flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
+            images.append(consistency_sample(flow, noises[:steps], JUMP_TIMES[:steps]).cpu())
+        else:
+            images.append(sample(velocity, noises[0], index, steps, method).cpu())
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -522,7 +509,7 @@ def manifold_metrics(real, fake, k=5):
     A ball around every point reaches to its k-th neighbour in its own set.  precision: share of fakes in some real
     ball; recall: share of reals in some fake ball; density: real balls around a fake, over k; coverage: share of real
     balls that hold a fake.  Only numbers at equal N and M compare; at M = N, fakes as good as data give density 1 and
-    coverage 1 - 2^-k.  Precision and recall of such fakes depend on the features: look at the row of real data.
+    coverage 1 - 2^-k, and of precision and recall what the row of real data shows.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} points, got {len(real)} and {len(fake)}")
@@ -558,11 +545,6 @@ def print_table(rows, label, config):
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of the papers' distance")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing and exporting
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def draw_from_checkpoint(run):
     """--checkpoint: --samples pictures into --out, a PNG each and 64 on samples.png; --export writes the generator."""
     config = run.config
@@ -571,7 +553,7 @@ def draw_from_checkpoint(run):
     flow, stage = open_network(config.checkpoint, run.device)
     if config.samples:
         run.config = dataclasses.replace(config, eval_size=config.samples)
-        pictures = draw_pictures(stage, Velocity(flow, config), 1, run)
+        pictures = generate(Velocity(flow, config), run, 1, "jumps" if stage in JUMPERS else "euler")
         save = partial(torchvision.utils.save_image, normalize=True, value_range=(-1, 1))
         run.folder.mkdir(parents=True, exist_ok=True)
         save(pictures[:64], run.folder / "samples.png")
@@ -586,27 +568,22 @@ def open_network(path, device):
     """A finished network of chapters 2 to 4 from its file alone, and its stage's name.  Others: UserError."""
     content = load_checkpoint(path)
     try:
-        names = ("image_size", "channels", "mult", "blocks", "attention")
-        config = Config(**{name: content["config"][name] for name in names})
-        by_class = content["model"].get("model.map_label.weight", torch.empty(0, 0))
-        flow = Flow(config, 3, by_class.shape[1])
+        sizes = {name: content["config"][name] for name in ("image_size", "channels", "mult", "blocks", "attention")}
+        label_weight = content["model"].get("model.map_label.weight", torch.empty(0, 0))
+        flow = Flow(Config(**sizes), 3, label_weight.shape[1])
         flow.load_state_dict(content["model"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no network of chapters 2 to 4 ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{path} is no network of chapters 2 to 4 ({type(error).__name__})") from None
     return flow.to(device).eval().requires_grad_(False), content["config"].get("stage")
 
 
 class Generator(nn.Module):
-    """A finished network as a function from noise to pictures, all that is needed to draw: what --export writes.
-
-    forward: z0 (B, C, H, W) standard normal, labels (B,) int64 if there are classes -> (B, C, H, W) in [-1, 1].
-    """
+    """All that drawing needs.  forward: z0 (B, C, H, W) standard normal, labels (B,) or None -> pictures in [-1, 1]."""
 
     def __init__(self, flow, stage):
         super().__init__()
         self.flow = flow
-        self.start = NOISIEST if stage in ("consistency", "ict") else 0.0
+        self.start = JUMP_TIMES[0] if stage in JUMPERS else 0.0
 
     def forward(self, z0, labels=None):
         return consistency_sample(partial(self.flow, labels=labels), [z0], [self.start]).clamp(-1, 1)
@@ -614,17 +591,16 @@ class Generator(nn.Module):
 
 def export_generator(generator, path):
     """The generator as one file that torch.export.load reads without this repository, for any batch."""
-    unet = generator.flow.model
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    inputs = {"z0": torch.zeros(2, *unet.shape)}
-    if unet.classes:
+    inputs = {"z0": torch.zeros(2, *generator.flow.model.shape)}
+    if generator.flow.model.classes:
         inputs["labels"] = torch.zeros(2, dtype=torch.long)
+    batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = {name: {0: batch} for name in inputs}
-    program = torch.export.export(generator, tuple(inputs.values()), dynamic_shapes=shapes)
+    file = io.BytesIO()                                     # by way of memory, so that a full disk is noticed
+    torch.export.save(torch.export.export(generator, tuple(inputs.values()), dynamic_shapes=shapes), file)
     with replacing(path) as part:
-        torch.export.save(program, part)
-    print(f"{path}: torch.export.load('{path}').module()({', '.join(inputs)}) draws, "
-          f"z0 (B, {', '.join(map(str, unet.shape))}) standard normal")
+        part.write_bytes(file.getvalue())
+    print(f"torch.export.load('{path}').module()({', '.join(inputs)}) draws; z0: (B, *{generator.flow.model.shape})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1016,12 +992,10 @@ def launch(main, Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def draw_independent(images, labels, n):
-    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None.
-
-    Mirroring doubles the data here; on reflow's pairs it would tear z1 from its z0.
-    """
+    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None."""
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
+    # mirroring doubles the data; on reflow's pairs it would tear z1 from its z0
     x1 = torch.where(torch.rand(n, 1, 1, 1, device=x1.device) < 0.5, x1.flip(3), x1)
     return torch.randn_like(x1), x1, None if labels is None else labels[index]
 
@@ -1053,18 +1027,15 @@ def pair_loss(model, ema, step, draw, n):
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file.
-
-    Each process makes every world-th file.  What exists is left alone: a killed run loses the file in hand.
-    """
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file."""
     run.claim()
-    config, seed = run.config, seed_for(run.config.seed, stream)
+    config = run.config
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
     for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
-        if path.exists():
+        if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        _, z1 = make_pairs(velocity, seed, shards[i], config)
+        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
         if not z1.isfinite().all():                         # as bytes nobody would notice
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
@@ -1086,8 +1057,9 @@ def load_flow(path, run, channels, classes):
     content = load_checkpoint(path)
     try:
         for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
-            theirs, ours = content["config"][name], getattr(run.config, name)
-            if json.dumps(theirs) != json.dumps(ours):
+            theirs = content["config"][name]
+            ours = getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
                 raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
         if "optimizer" in content:
@@ -1104,8 +1076,10 @@ class Velocity:
         compile_network(flow, config)
         kind = next(flow.parameters()).device.type
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-        self.flow, self.evaluations = flow, 0
-        self.shape, self.classes = flow.model.shape, flow.model.classes
+        self.flow = flow
+        self.shape = flow.model.shape
+        self.classes = flow.model.classes
+        self.evaluations = 0
 
     @torch.no_grad()
     def __call__(self, x, t, labels=None):
@@ -1114,18 +1088,8 @@ class Velocity:
             return self.flow(x, t, labels).float()
 
 
-def generate(velocity, run, steps, method="euler"):
-    """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, and the evaluations that a batch of them took."""
-    seed = seed_for(run.config.seed, 999)                   # new noises, the same for every network and solver
-    before, images = velocity.evaluations, []
-    for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
-        z0 = pair_noise(seed, index, velocity.shape)
-        images.append(sample(velocity, z0, index, steps, method).cpu())
-    return torch.cat(images).clamp(-1, 1), (velocity.evaluations - before) / len(images)
-
-
 class RandomFeatures(nn.Module):
-    """Features (B, 96) of images (B, 3, S, S) in [-1, 1] by seeded random convolutions, each at half the resolution.
+    """Images (B, 3, S, S) in [-1, 1] -> features (B, 96): means and deviations under seeded random convolutions.
 
     They rank samples of one data set; the numbers mean nothing beside anybody's FID.
     """
@@ -1238,7 +1202,8 @@ BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
 
 def shape_distances(x, y, r):
     """Offsets (x, y) from the centre -> signed distances (4, *) in pixels, < 0 inside; each shape fills [-r, r]^2."""
-    wide, narrow = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    wide = torch.maximum(x.abs(), y.abs())
+    narrow = torch.minimum(x.abs(), y.abs())
     circle = (x * x + y * y).sqrt() - r
     square = wide - 0.9 * r                                 # a little smaller, or it looks bigger than the others
     triangle = torch.maximum((2 * x.abs() - y - r) / 5**0.5, wide - r)     # y points down: the tip is at (0, -r)
@@ -1253,7 +1218,8 @@ def shapes(n, size=32, seed=0):
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
     r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
-    cx, cy = (1 + r + (size - 2 - 2 * r) * u[:, i, None, None] for i in (4, 5))     # at least a pixel of background
+    cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
+    cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
     front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
     back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
     pixel = torch.arange(size) + 0.5                        # pixel centres
@@ -1263,9 +1229,10 @@ def shapes(n, size=32, seed=0):
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
         images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    names, grounds = list(COLOURS), list(BACKGROUNDS)
-    words = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {names[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in words]
+    colours = list(COLOURS)
+    grounds = list(BACKGROUNDS)
+    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
+    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
 
 
 def load_data(run):
@@ -1279,7 +1246,7 @@ def load_data(run):
 
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
-    folder, size = run.config.data_dir, run.config.image_size
+    folder = run.config.data_dir
     try:
         if run.config.download and run.rank == 0:
             torchvision.datasets.CIFAR10(folder, download=True)
@@ -1288,7 +1255,7 @@ def load_cifar10(run):
     except RuntimeError as error:                           # torchvision's word for missing or broken files
         raise UserError(f"no CIFAR-10 in {folder} ({error}): pass --download to fetch it (170 MB)") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).contiguous()
+    images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
 
@@ -1297,7 +1264,8 @@ def load_folder(run):
     root = Path(run.config.data).resolve()
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        root, names = root.parent, [root.name]
+        names = [root.name]
+        root = root.parent
     numbers = {name: i for i, name in enumerate(names)}
     files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
@@ -1385,7 +1353,8 @@ class UNetBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
-        self.resample, self.attention = resample or nn.Identity(), attention
+        self.resample = resample or nn.Identity()
+        self.attention = attention
         self.norm0 = group_norm(c_in)
         self.conv0 = conv(c_in, c_out)
         self.affine = xavier(nn.Linear(emb_dim, c_out))
@@ -1420,10 +1389,12 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
         super().__init__()
-        least, emb_dim = 2 ** (len(mult) - 1), 4 * model_channels
+        least = 2 ** (len(mult) - 1)
         if image_size < least or image_size & (image_size - 1):
             raise ValueError(f"image_size {image_size}: {len(mult)} levels need a power of two, at least {least}")
-        self.shape, self.classes = (image_channels, image_size, image_size), classes
+        self.shape = (image_channels, image_size, image_size)
+        self.classes = classes
+        emb_dim = 4 * model_channels
         if classes:
             self.map_label = xavier(nn.Linear(classes, model_channels))
         self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
@@ -1441,10 +1412,11 @@ class UNet(nn.Module):
                 self.enc[f"{size}x{size}_block{i}"] = block(width, channels, attention=size in attention)
                 width = channels
                 skips.append(width)
-        self.dec = nn.ModuleDict({f"{size}x{size}_in0": block(width, width, attention=True),
-                                  f"{size}x{size}_in1": block(width, width)})
+        lowest = image_size // least
+        self.dec = nn.ModuleDict({f"{lowest}x{lowest}_in0": block(width, width, attention=True),
+                                  f"{lowest}x{lowest}_in1": block(width, width)})
         for size, channels in reversed(levels):
-            if size > image_size // least:
+            if size > lowest:
                 self.dec[f"{size}x{size}_up"] = block(width, width, resample=nn.Upsample(scale_factor=2))
             for i in range(num_blocks + 1):                 # one more: the level's first conv or down is read too
                 attend = size in attention and i == num_blocks
@@ -1470,7 +1442,8 @@ class UNet(nn.Module):
         """x (b, c, h, w), noise_label (b,), labels None, (b,) int64 or (b, classes) -> (b, c, h, w)."""
         if x.shape[1:] != self.shape or (labels is not None and not self.classes):
             raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
-        emb, skips = self.embed(noise_label, labels), []
+        emb = self.embed(noise_label, labels)
+        skips = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
@@ -1509,15 +1482,14 @@ def draw_samples(strips, path):
 class Perceptual(nn.Module):
     """LPIPS [Zhang+18] by the lpips package: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,).
 
-    Both are upsampled first, bilinearly, because the backbone was trained on larger pictures.  In float32 throughout:
-    differences of normalised features lose too much in bf16.
+    Upsampled first, as the backbone was trained on larger pictures; in float32: bf16 loses too much in differences.
     """
 
     def __init__(self, net, size, weights, factor=1.0):
         super().__init__()
         self.size, self.factor = size, factor
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # lpips calls torchvision by an old name
+            warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
             self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
 
     def forward(self, a, b):
@@ -1527,27 +1499,18 @@ class Perceptual(nn.Module):
 
 
 def load_lpips(net, weights):
-    """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random.
-
-    A random backbone goes without the linear heads: they weigh channels of the trained one.
-    """
-    if weights == "pretrained":
-        try:
-            return lpips.LPIPS(net=net, verbose=False)
-        except Exception as error:                         # no network, no disk, half a download in torch's cache
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"no pretrained {net} for LPIPS ({reason}): pass --lpips-weights FILE (torchvision's state "
-                            "dict), or --lpips-weights random for a dry run") from None
-    torch.manual_seed(0)                                   # an untrained yardstick, but the same one every time
-    network = lpips.LPIPS(net=net, pnet_rand=True, lpips=weights != "random", verbose=False)
-    if weights != "random":
-        try:
+    """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random: then without linear heads."""
+    torch.manual_seed(0)                                    # an untrained yardstick, but the same one every time
+    try:
+        network = lpips.LPIPS(net=net, pnet_rand=weights != "pretrained", lpips=weights != "random", verbose=False)
+        if weights not in ("pretrained", "random"):
             state = torch.load(weights, map_location="cpu", weights_only=True)
             own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
             network.net.load_state_dict(own)
-        except Exception as error:                         # torch.load has no common class for broken files
-            raise UserError(f"--lpips-weights {weights}: no {net} of torchvision ({type(error).__name__})") from None
-    return network
+        return network
+    except Exception as error:                              # no network, half a download, no such file, ...
+        raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
+                        "torchvision's, or --lpips-weights random for a dry run") from None
 
 
 # endregion
