@@ -148,7 +148,7 @@ class Config:
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999,
             pairs=50000, pair_steps=18, shard=500, eval_size=10000, digits=4, log_every=500),
-        "paper": dict(                                      # [Liu+22] appendix: DDPM++, 4 M pairs by rk45, constant rate
+        "paper": dict(                                      # [Liu+22] appendix: DDPM++, pairs by rk45, constant rate
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
             ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, digits=5, log_every=500),
