@@ -541,7 +541,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
