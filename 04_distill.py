@@ -180,7 +180,7 @@ def both_ends(student, target, noisy, clean):
 class Config:
     """From a rectified flow to one step, by four methods at equal cost."""
     preset: Literal["quick", "gpu", "paper"] = "quick"      # size of the run
-    method: Literal["all", "rf", "progressive", "consistency", "ict"] = "all"  # rf: with 2-RF and direct
+    method: Literal["all", "rf", "progressive", "consistency", "ict"] = "all"  # to train; rf brings 2-RF and direct too
     data: str = "shapes"                                    # shapes, cifar10, or a folder of class sub-folders
     data_dir: str = "data"                                  # where CIFAR-10 and the Inception network are kept
     download: bool = False                                  # fetch CIFAR-10 or the Inception network if missing
@@ -191,14 +191,14 @@ class Config:
     conditional: bool = True                                # feed class labels to the network
     steps: Count = 1000                                     # training steps of the teacher, 1-RF
     reflow_steps: Count = 1500                              # training steps of 2-RF
-    distill_steps: Count = 350                              # those of rf and direct; others get what costs as much
+    distill_steps: Count = 350                              # training steps of rf and direct; others cost as much
     batch: Count = 32                                       # images in a step, over all processes
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
     pairs: Count = 3072                                     # pairs made by 1-RF (for 2-RF and direct), and by 2-RF (rf)
     pair_solver: Literal["euler", "heun"] = "heun"          # ODE solver that makes pairs
-    pair_steps: Count = 4                                   # its steps (heun: 2 evaluations each)
+    pair_steps: Count = 4                                   # its steps (heun: two evaluations each)
     jumps: Count = 1                                        # rf and direct learn k steps: times 0, 1/k, ..., (k-1)/k
-    lpips_share: Share = 0.5                                # last share of their steps that measures LPIPS, not squares
+    lpips_share: Share = 0.5                                # last share of these steps measures LPIPS, not squares
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
     lpips_size: Annotated[int, 32, 512] = 32                # LPIPS sees pictures of this side (the papers: 224)
     lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
@@ -513,7 +513,7 @@ def manifold_metrics(real, fake, k=5):
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} points, got {len(real)} and {len(fake)}")
-    real = real[:10000].double()                                            # as many as in [Nae+20]: a gigabyte
+    real = real[:10000].double()                                            # as many as in [Nae+20]: bounds the memory
     fake = fake[:10000].double()
     distance = torch.cdist(real, fake)                                      # (N, M)
     in_real = distance < torch.cdist(real, real).kthvalue(k + 1).values[:, None]    # k + 1: the nearest is itself
@@ -1274,7 +1274,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
