@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import datetime
 import hashlib
-import http.client
 import inspect
 import io
 import json
@@ -44,14 +43,13 @@ import textwrap
 import time
 import typing
 import unicodedata
-import urllib.error
 import urllib.request
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import lpips
 import numpy as np
@@ -78,8 +76,8 @@ def as_velocity(unet, x, t, text):
 def guided(velocity, scale):
     """Classifier-free guidance [Ho+22]: v_null + s (v_text - v_null), as one call of the network on a double batch.
 
-    velocity: (x (B, *D), t (B,), text (B, L, C)) -> (B, *D); an eps-network and its time do as well.
-    Returns a function (x, t, text, null (B, L, C)); s = 1 is the text's own velocity and asks for no null.
+    velocity: (x (B, *D), t (B,), text (B, L, C)) -> (B, *D); an eps-network and its time do as well.  Returns a
+    function (x, t, text, null (B, L, C)); s = 1 is the text's own velocity and asks for no null.
     """
     def flow(x, t, text, null=None):
         if scale == 1:
@@ -186,6 +184,11 @@ def dpm_solver(eps, x, steps, final="zero"):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+Counts = Annotated[tuple, 1, 2 ** 32 - 1]
+Widths = Annotated[tuple, 4, 4096]
+Guidance = Annotated[float, 0, 30]
+
+
 # Differs from 03_improved_training.py: a latent model with text, a teacher that may be Stable Diffusion, two students
 @dataclass
 class Config:
@@ -197,31 +200,31 @@ class Config:
     data_size: Annotated[int, 2, 10 ** 8] = 20000           # captioned shapes that the tiny teacher learns from
     seeds: Annotated[int, 1, 100] = 1                       # students trained from the one teacher
     unet: Literal["plain", "stacked"] = "plain"             # stacked: the distilled network is two U-Nets in a row
-    init: Literal["teacher", "negated"] = "negated"         # students' start: teacher as it is, or conv_out negated
-    direct: bool = True                                     # also distil the teacher itself: as long as 2-RF, and longer
+    init: Literal["teacher", "negated"] = "negated"         # students' start: the teacher, or with conv_out negated
+    direct: bool = True                                     # distil the teacher itself, too: as long, and longer
     vae_steps: Count = 1000                                 # training steps of the tiny autoencoder
     vae_batch: Count = 16                                   # pictures in a step of it
-    vae_channels: Annotated[tuple, 4, 4096] = (16, 32)      # its widths; each but the first halves the picture
-    kl: Amount = 3e-3                                       # weight of its Kullback-Leibler term (Stable Diffusion: 1e-6)
+    vae_channels: Widths = (16, 32)                         # its widths; each but the first halves the picture
+    kl: Amount = 3e-3                                       # weight of its KL divergence (Stable Diffusion: 1e-6)
     steps: Count = 1500                                     # training steps of the tiny teacher and its text encoder
     batch: Count = 32                                       # pictures in a step of it, over all processes
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
     lr: Amount = 3e-3                                       # peak learning rate of autoencoder and teacher
-    channels: Annotated[tuple, 4, 4096] = (32, 64)          # widths of its U-Net; the first is that of the texts, too
+    channels: Widths = (32, 64)                             # widths of its U-Net; the first is also that of its texts
     attention: Annotated[tuple, 0, 1] = (0, 1)              # which of these levels read the text, 1 or 0 each
     blocks: Annotated[int, 1, 100] = 1                      # residual blocks of a level, and layers of the text encoder
     heads: Count = 4                                        # attention heads of both
-    guidance: Annotated[float, 1, 30] = 3.0                 # guidance of the teacher that makes pairs
-    solver_steps: Annotated[int, 1, 999] = 25               # its DPM-Solver++ steps, each of 2 evaluations with guidance
-    pairs: Count = 1536                                     # pairs (x0, x1) made for reflow; twice as many with --direct
+    guidance: Guidance = 3.0                                # guidance of the teacher that makes pairs; 1 or less: none
+    solver_steps: Annotated[int, 1, 999] = 25               # its DPM-Solver++ steps, of 2 evaluations with guidance
+    pairs: Count = 1536                                     # pairs (x0, x1) made for reflow; with --direct twice that
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     caption_dropout: Share = 0.1                            # captions that training replaces by the empty one
     a: Annotated[float, 0, 50] = 0.0                        # times of reflow: 0 uniform, above U-shaped as in chapter 3
     reflow_steps: Counts = (1200,)                          # training steps of 2-RF, one number a phase
     reflow_batch: Counts = (16,)                            # pairs in a step of each phase
-    distill_guidance: Annotated[float, 1, 30] = 1.5         # guidance of 2-RF when it makes the pairs to distil
-    distill_solver_steps: Annotated[int, 1, 1000] = 8       # its Euler steps
-    distill_steps: Counts = (100, 50)                       # distillation by |.|^2 of latents, then by LPIPS of pictures
+    distill_guidance: Guidance = 1.5                        # guidance of 2-RF when it makes the pairs to distil
+    distill_solver_steps: Count = 8                         # its Euler steps
+    distill_steps: Counts = (100, 50)                       # distillation by |.|^2 of latents, by LPIPS of pictures
     distill_batch: Counts = (16, 16)                        # pairs in a step of each
     student_lr: Amount = 1e-3                               # peak learning rate of the students
     lpips_lr: Amount = 3e-4                                 # peak learning rate of the LPIPS phase
@@ -253,11 +256,11 @@ class Config:
             reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25, distill_steps=(3000, 500),
             distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg",
             lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500),
-        "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; the rate is reflow's
+        "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; rate of reflow
             image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
-            accumulate=8, reflow_steps=(70000, 25000), reflow_batch=(64, 1024), distill_solver_steps=25,
-            distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6, lpips_lr=1e-6,
-            lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
+            accumulate=8, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
+            distill_solver_steps=25, distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6,
+            lpips_lr=1e-6, lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
             lpips_weights="pretrained", eval_size=5000, log_every=500),
     }
 
@@ -265,15 +268,15 @@ class Config:
 @dataclass
 class DrawConfig:
     """Settings of `sample` (prompts to pictures) and `evaluate` (captions to numbers), with a finished model."""
-    preset: Literal["instaflow", "2-rf", "teacher"] = "instaflow"   # kind of network: one-step, 2-RF, or a diffusion model
-    model: str = ""                                         # folder in the layout of diffusers, or owner/name on the hub
+    preset: Literal["instaflow", "2-rf", "teacher"] = "instaflow"   # its kind: one-step, 2-RF, or a diffusion model
+    model: str = ""                                         # folder in the layout of diffusers, or owner/name
     prompt: tuple = ("",)                                   # sample: what to draw, one text or several
     captions: str = ""                                      # evaluate: COCO's captions_*.json, or a caption a line
-    count: Whole = 0                                        # pictures of every prompt (0: 4), or captions used (0: 5000)
+    count: Whole = 0                                        # pictures a prompt (0: 4), or captions used (0: 5000)
     negative: str = ""                                      # what not to draw: the empty text's place under guidance
     solver: Literal["euler", "dpm"] = "euler"               # euler for a velocity, dpm for a diffusion model
     steps: Annotated[int, 1, 999] = 1                       # evaluations of the network (twice as many with guidance)
-    guidance: Annotated[float, 0, 30] = 1.0                 # 1 or less is none
+    guidance: Guidance = 1.0                                # 1 or less is none
     size: Annotated[tuple, 0, 4096] = (0,)                  # side in pixels, or height and width; 0: as it was trained
     batch: Count = 4                                        # pictures made at a time
     lora: tuple = ("",)                                     # LoRA files to merge, FILE or FILE:SCALE
@@ -292,8 +295,6 @@ class DrawConfig:
                          "teacher": dict(solver="dpm", steps=25, guidance=7.5)}
 
 
-Counts = Annotated[tuple, 1, 2 ** 32 - 1]
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The experiment
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,8 +308,11 @@ def main(config):
     texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     yardstick = choose_features(run)
-    pipe = open_pipeline(config.model, run) if config.model else tiny_teacher(run)
-    prepare(pipe, run, [config.image_size, config.image_size])
+    if config.model and run.rank == 0:
+        load_pipeline(config.model)                         # one process downloads, the others find the files
+    run.wait()
+    pipe = load_pipeline(config.model) if config.model else tiny_teacher(run)
+    prepare(pipe, run.device, [config.image_size] * 2)
     pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
     prompts = Prompts(pipe, texts)
     distance = partial(picture_distance, pipe.vae, perceptual)
@@ -320,55 +324,48 @@ def main(config):
 def students(run, pipe, prompts, distance, seed):
     """[Liu+24]: straighten the teacher by reflow, then distil; beside it distillation alone.  Returns name -> U-Net."""
     config = run.config
-    noise = seed_for(config.seed, 3)
     teacher = Sampler(pipe, prompts, pipe.unet, "dpm", config.solver_steps, config.guidance)
+    noise = seed_for(config.seed, 3)
     write_pairs(run, "teacher", teacher, noise, config.pairs * (2 if config.direct else 1))
     draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs), noise, prompts)
     start = negated(pipe.unet) if config.init == "negated" else pipe.unet
-    reflow = partial(reflow_loss, a=config.a)
-    phases = [(reflow, partial(draw, dropout=config.caption_dropout), dict(steps=steps, batch=batch, lr=config.student_lr))
+    phases = [(partial(reflow_loss, a=config.a), dict(steps=steps, batch=batch, lr=config.student_lr))
               for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
-    flow = train_phases(run, "2-rf", seed, start, phases)
+    flow = train_student(run, f"2-rf-{seed}", start, partial(draw, dropout=config.caption_dropout), phases)
 
-    own_noise = seed_for(config.seed, 4, seed)
     straight = Sampler(pipe, prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
+    own_noise = seed_for(config.seed, 4, seed)
     write_pairs(run, f"2-rf-{seed}", straight, own_noise, config.pairs)
     own = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), own_noise, prompts)
     deepen = StackedUNet if config.unet == "stacked" else copy.deepcopy
-    phases = distill_phases(config, own, distance)
-    found = {"2-rf": flow, "distilled": train_phases(run, "distilled", seed, deepen(flow), phases)}
-    if config.direct:                                       # without reflow: for as many steps, then for reflow's on top
-        phases = distill_phases(config, draw, distance)
-        found["direct"] = train_phases(run, "direct", seed, deepen(start), phases)
+    phases = distill_phases(config, distance, 0)
+    found = {"2-rf": flow, "distilled": train_student(run, f"distilled-{seed}", deepen(flow), own, phases)}
+    if config.direct:                                       # without reflow: as long, and as long as both together
+        found["direct"] = train_student(run, f"direct-{seed}", deepen(start), draw, phases)
         draw = partial(draw_stored, load_pairs(run, "teacher", 2 * config.pairs), noise, prompts)
-        phases = distill_phases(config, draw, distance, more=sum(config.reflow_steps))
-        found["longer"] = train_phases(run, "longer", seed, deepen(start), phases)
+        phases = distill_phases(config, distance, sum(config.reflow_steps))
+        found["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
     for name, unet in found.items():
-        kind = {"_class_name": "StackedUNet" if isinstance(unet, StackedUNet) else "UNet2DConditionModel"}
-        configs = pipe.configs | {"unet": pipe.configs["unet"] | kind, "scheduler":
-                                  pipe.configs["scheduler"] | {"prediction_type": "velocity"}}
-        save_pipeline(run, f"{name}-{seed}", dataclasses.replace(pipe, unet=unet, configs=configs))
+        save_student(run, f"{name}-{seed}", pipe, unet)
     return found
 
 
-def distill_phases(config, draw, distance, more=0):
+def distill_phases(config, distance, more):
     """First |.|^2 of latents, for `more` steps than --distill-steps says, then LPIPS of pictures."""
     steps, batch = config.distill_steps, config.distill_batch
-    by_latents = dict(steps=steps[0] + more, batch=batch[0], lr=config.student_lr)
-    by_pictures = dict(steps=steps[1], batch=batch[1], lr=config.lpips_lr)
-    return [(partial(one_step_loss, distance=latent_distance), draw, by_latents),
-            (partial(one_step_loss, distance=distance), draw, by_pictures)]
+    return [(partial(one_step_loss, distance=latent_distance),
+             dict(steps=steps[0] + more, batch=batch[0], lr=config.student_lr)),
+            (partial(one_step_loss, distance=distance), dict(steps=steps[1], batch=batch[1], lr=config.lpips_lr))]
 
 
-def train_phases(run, name, seed, unet, phases):
-    """A student through its phases, each from the averaged weights of the one before.
-
-    phases: (loss(v, x0, x1, text), draw(n=...) -> x0, x1, text, settings of this phase).
-    """
-    for k, (loss, draw, settings) in enumerate(phases):
-        draw = partial(draw, n=settings["batch"] // (run.world * run.config.accumulate))
-        stream = seed_for(seed, k, *name.encode())
-        unet = run.fit(f"{name}-{seed}.{k + 1}", unet, partial(pair_loss, draw=draw, loss=loss), stream, **settings)
+# Differs from 04_distill.py: in phases
+def train_student(run, name, unet, draw, phases):
+    """A student through phases (loss(v, x0, x1, text), settings), each from the averaged weights of the one before."""
+    kind, seed = name.rsplit("-", 1)                        # 2-rf-0 is 2-RF of seed 0
+    for k, (loss, settings) in enumerate(phases):
+        drawn = partial(draw, n=settings["batch"] // (run.world * run.config.accumulate))
+        stream = seed_for(int(seed), k, *kind.encode())
+        unet = run.fit(f"{name}.{k + 1}", unet, partial(pair_loss, draw=drawn, loss=loss), stream, **settings)
     return unet
 
 
@@ -379,10 +376,7 @@ def pair_loss(model, ema, step, draw, loss):
 
 
 def negated(unet):
-    """A copy whose output has the other sign: the teacher's is about x0, a velocity begins with -x0.
-
-    With the teacher's own sign, training first unlearns to look at x0, and the tiny network stays blind to it for long.
-    """
+    """A copy with the output's other sign: the teacher's is about x0, a velocity's -x0, which takes long to unlearn."""
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
         p.data.neg_()
@@ -392,42 +386,46 @@ def negated(unet):
 def check_settings(run):
     """UserError, before anything is written, for settings that contradict each other."""
     config, slices = run.config, run.world * run.config.accumulate
-    for name, want in (("reflow", len(config.reflow_steps)), ("distill", 2)):
-        steps, batch = getattr(config, f"{name}_steps"), getattr(config, f"{name}_batch")
-        if not len(steps) == len(batch) == want:
-            raise UserError(f"--{name}-steps and --{name}-batch want {want} numbers, got {len(steps)}, {len(batch)}")
-    if any(batch % slices for batch in (config.vae_batch, *config.reflow_batch, *config.distill_batch)):
-        raise UserError(f"--vae-batch, --reflow-batch or --distill-batch cannot be cut into {slices} equal slices")
-    if config.preset == "paper" and not config.model:
-        raise UserError("--preset paper needs --model: a Stable Diffusion 1.x folder or repository")
-    if config.model and not config.prompts:
-        raise UserError("--model needs --prompts FILE, a text file with a prompt a line")
-    if config.image_size % 2 ** (len(config.vae_channels) - 1) and not config.model:
-        raise UserError(f"--image-size {config.image_size} cannot be halved {len(config.vae_channels) - 1} times")
+    halvings = len(config.vae_channels) - 1
+    require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
+    require(len(config.distill_steps) == len(config.distill_batch) == 2,
+            "--distill-steps and --distill-batch want 2 numbers each")
+    for batch in (config.vae_batch, *config.reflow_batch, *config.distill_batch):
+        require(batch % slices == 0, f"a batch of {batch} cannot be cut into {slices} equal slices")
+    require(config.model or config.preset != "paper", "--preset paper needs --model, Stable Diffusion 1.x")
+    require(config.prompts or not config.model, "--model needs --prompts FILE, a text file with a prompt a line")
+    require(config.model or config.image_size % 2 ** halvings == 0,
+            f"--image-size {config.image_size} cannot be halved {halvings} times")
     with torch.device("meta"):                              # no memory, no time: do the widths make sense?
-        tiny_networks(tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1}))
+        configs = tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
+        [cls.from_config(configs[name]) for name, cls in NETWORKS.items()]
 
 
 # Differs from 03_improved_training.py: caption accuracy beside the Frechet distance, of text-to-image networks
 def report(run, pipe, prompts, networks, yardstick):
-    """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, for each seed."""
-    (features, label), texts, results, shown = yardstick, prompts.texts, {}, {}
-    real = feature_moments(real_pictures(run, pipe), features, run.device)
-    read = CaptionReader(run.config.image_size) if set(texts) <= set(shape_captions()) else None
+    """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, by seed."""
+    config, texts = run.config, prompts.texts
+    features, label = yardstick
+    results, shown = {}, {}
+    real = None                                             # without data, the teacher's pictures are the measure
+    if not config.model:
+        images, _, _ = shapes(config.data_size, config.image_size, config.seed)
+        real = feature_moments(images, features, run.device)
+    readable = set(texts) <= set(shape_captions())          # other prompts cannot be read off a picture
     for found in [{"teacher": pipe.unet}, *networks]:       # the teacher has no seeds
         for heading, sampler in samplers(run, pipe, prompts, found).items():
             images = generate(sampler, run)
-            row = {"accuracy": None, "NFE": sampler.evaluations / len(images)}
-            row["FD"] = frechet_from_moments(*feature_moments(images, features, run.device), *real)
-            if read:                                        # other prompts cannot be read off a picture
-                right = [caption == texts[i % len(texts)] for i, caption in enumerate(read(images))]
+            seen = feature_moments(images, features, run.device)
+            real = real or seen
+            row = {"FD": frechet_from_moments(*seen, *real), "NFE": sampler.evaluations / len(images), "accuracy": None}
+            if readable:
+                right = [text == texts[i % len(texts)] for i, text in enumerate(captions_of(images))]
                 row["accuracy"] = sum(right) / len(right)
             results.setdefault(heading, []).append(row)
             shown.setdefault(heading, images)               # of the first seed
-    save_json(run.folder / "results.json", {"distance": label, "samples": run.config.eval_size, "networks": results})
+    save_json(run.folder / "results.json", {"distance": label, "samples": config.eval_size, "networks": results})
     print_table(results, label)
-    draw_grid({heading: images for heading, images in shown.items() if not re.search("velocity|longer", heading)},
-              texts, run.folder / "grid.png")
+    draw_grid(shown, texts, run.folder / "grid.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
 
 
@@ -446,15 +444,6 @@ def samplers(run, pipe, prompts, networks):
     return found
 
 
-def real_pictures(run, pipe):
-    """What samples are compared with: the data of the tiny teacher, or the pictures of a given teacher's pairs."""
-    config = run.config
-    if not config.model:
-        return shapes(config.data_size, config.image_size, config.seed)[0]
-    latents = torch.cat(load_pairs(run, "teacher", min(config.eval_size, config.pairs)))
-    return torch.cat([decode_latents(pipe.vae, x.to(run.device).float()).cpu() for x in latents.split(config.shard)])
-
-
 # Differs from 03_improved_training.py: accuracy and Frechet distance of every network
 def print_table(results, label):
     """Mean over seeds of every number, and its spread.  results: heading -> a row for each seed."""
@@ -470,88 +459,72 @@ def print_table(results, label):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: the tiny teacher, and the pairs
+# Training: pairs, prompts, and the tiny teacher
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def tiny_teacher(run):
-    """A Stable Diffusion of the smallest size, trained on captioned shapes: autoencoder, then text encoder and U-Net."""
-    config, words = run.config, run.folder / "tokenizer"
+    """A Stable Diffusion of the smallest size from nothing, on captioned shapes: VAE, then text encoder and U-Net."""
+    config = run.config
     images, _, captions = shapes(config.data_size, config.image_size, config.seed)
-    images = to_device(images, run.device)
     run.claim()
     if run.rank == 0:
-        write_vocabulary(shape_captions(), words)
+        write_vocabulary(shape_captions(), run.folder / "tokenizer")
     run.wait()
-    tokenizer = CLIPTokenizer(words / "vocab.json", words / "merges.txt")
+    tokenizer = CLIPTokenizer(run.folder / "tokenizer" / "vocab.json", run.folder / "tokenizer" / "merges.txt")
     configs = tiny_configs(config, tokenizer.vocab)
     torch.manual_seed(seed_for(config.seed, 0))             # the start weights of all three
-    vae, unet, text_encoder = tiny_networks(configs)
+    fresh = {name: cls.from_config(configs[name]) for name, cls in NETWORKS.items()}
 
-    learn = partial(autoencoder_loss, images=images, n=config.vae_batch // (run.world * config.accumulate))
-    vae = run.fit("vae", Autoencoder(vae, config.kl), learn, 1, steps=config.vae_steps, batch=config.vae_batch).vae
+    images = images.to(run.device)
+    draw = partial(draw_rows, config.vae_batch // (run.world * config.accumulate), images)
+    loss = partial(vae_loss, draw=draw, kl=config.kl)
+    vae = run.fit("vae", fresh["vae"], loss, 1, steps=config.vae_steps, batch=config.vae_batch)
     latents = torch.cat([vae.encode(to_floats(x))[0] for x in images.split(500)])
     vae.scale = configs["vae"]["scaling_factor"] = 1 / latents.std().item()
-    draw = partial(draw_captioned, latents * vae.scale, tokenizer(captions).to(run.device), run.share)
+    draw = partial(draw_rows, run.share, latents * vae.scale, tokenizer(captions).to(run.device))
     forget = partial(drop_some, empty=tokenizer([""]).to(run.device), dropout=config.caption_dropout)
-    learn = partial(teacher_loss, draw=draw, forget=forget)
-    teacher = run.fit("teacher", Diffusion(unet, text_encoder), learn, 2)
+    captioned = Captioned(fresh["unet"], fresh["text_encoder"])
+    teacher = run.fit("teacher", captioned, partial(teacher_loss, draw=draw, forget=forget), 2)
     pipe = Pipeline(tokenizer, teacher.text_encoder, teacher.unet, vae, configs)
     save_pipeline(run, "teacher", pipe)
     return pipe
 
 
-class Autoencoder(nn.Module):
-    """The VAE in training: pictures x (B, 3, H, W) -> |x - decode(z)| + kl KL(q(z | x), N(0, I)) / (3 H W), (B,)."""
-
-    def __init__(self, vae, kl):
-        super().__init__()
-        self.vae, self.kl = vae, kl
-
-    def forward(self, x):
-        mean, logvar = self.vae.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
-        error = (self.vae.decode(z) - x).abs().flatten(1).mean(1)
-        kl = (mean ** 2 + logvar.exp() - 1 - logvar) / 2
-        return error + self.kl * kl.flatten(1).sum(1) / x[0].numel()
-
-
-def autoencoder_loss(model, ema, step, images, n):
-    """What the tiny autoencoder minimises.  images: uint8 (N, 3, S, S) on the device.  Returns (n,)."""
-    index = torch.randint(len(images), (n,), device=images.device)
-    return model(to_floats(images[index]))
-
-
-class Diffusion(nn.Module):
-    """U-Net and text encoder, trained together: x1, x0 (B, C, h, w), s (B,), T (B, L) -> |eps(x_s, s, T) - x0|^2, (B,)."""
+class Captioned(nn.Module):
+    """U-Net and text encoder that are trained together: x (B, C, h, w), s (B,), tokens (B, L) -> noise (B, C, h, w)."""
 
     def __init__(self, unet, text_encoder):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-        schedule = Schedule()
-        self.register_buffer("a", schedule.a.float(), persistent=False)
-        self.register_buffer("b", schedule.b.float(), persistent=False)
+        self.unet = unet
+        self.text_encoder = text_encoder
 
-    def forward(self, x1, x0, s, tokens):
-        xs = per_sample(self.a[s], x1) * x1 + per_sample(self.b[s], x0) * x0
-        return latent_distance(self.unet(xs, s.float(), self.text_encoder(tokens)), x0)
+    def forward(self, x, s, tokens):
+        return self.unet(x, s, self.text_encoder(tokens))
+
+
+def vae_loss(model, ema, step, draw, kl):
+    """The autoencoder's |x - decode(z)| + kl KL(q(z | x), N(0, I)) / (3 H W).  draw: () -> [bytes (n, 3, H, W)]."""
+    x = to_floats(*draw())
+    again, mean, logvar = model(x)
+    divergence = (mean ** 2 + logvar.exp() - 1 - logvar) / 2
+    return (again - x).abs().flatten(1).mean(1) + kl * divergence.flatten(1).sum(1) / x[0].numel()
 
 
 def teacher_loss(model, ema, step, draw, forget):
-    """What the tiny diffusion model minimises.  draw: () -> latents x1 (n, C, h, w) and their texts as tokens (n, L).
-
-    forget: texts -> the same, some of them empty, for guidance needs the velocity without a text [Ho+22].
-    """
+    """The tiny teacher's |eps(x_s, s, T) - x0|^2 on latents and texts of draw(), some of them empty [Ho+22]: forget."""
     x1, tokens = draw()
     s = torch.randint(1000, (len(x1),), device=x1.device)
     x0 = torch.randn_like(x1)
-    return model(x1, x0, s, forget(tokens))
+    schedule = Schedule()
+    xs = per_sample(schedule.a.to(x1)[s], x1) * x1 + per_sample(schedule.b.to(x1)[s], x1) * x0
+    return latent_distance(model(xs, s.float(), forget(tokens)), x0)
 
 
-def draw_captioned(latents, tokens, n):
-    """n latents with their captions.  latents: (N, C, h, w);  tokens: (N, L)."""
-    index = torch.randint(len(latents), (n,), device=latents.device)
-    return latents[index], tokens[index]
+def draw_rows(n, *tables):
+    """n rows of tensors that go together, (N, ...) each: the same rows of all."""
+    index = torch.randint(len(tables[0]), (n,), device=tables[0].device)
+    return [table[index] for table in tables]
 
 
 def drop_some(texts, empty, dropout):
@@ -564,8 +537,7 @@ def drop_some(texts, empty, dropout):
 def write_pairs(run, name, sampler, seed, count):
     """The coupling (x0, x1 = sampler(x0 | T)) of the numbers 0 ... count - 1, in files of config.shard pairs.
 
-    Only x1 is stored: noise and text follow from the number.  Each process makes every world-th file, whole or not at
-    all, and leaves alone what is there: a run that was killed loses at most the file in hand.
+    Only x1 is stored: noise and text follow from the number.  What exists is left alone, as in chapter 2.
     """
     run.claim()
     compile_network(sampler.unet, run.config)
@@ -574,10 +546,8 @@ def write_pairs(run, name, sampler, seed, count):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():
             continue
-        x0 = pair_noise(seed, shards[i], sampler.pipe.shape)
-        x1 = sampler(x0, sampler.prompts(shards[i]))
-        if not x1.isfinite().all():
-            raise UserError(f"the samples of {name} are not finite; lower the learning rates, add --fresh")
+        x1 = sampler(pair_noise(seed, shards[i], sampler.pipe.shape), sampler.prompts(shards[i]))
+        require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
         save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
         if STOP:
             raise KeyboardInterrupt
@@ -591,10 +561,10 @@ def load_pairs(run, name, count):
     for i in range(math.ceil(count / run.config.shard)):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         try:
-            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["x1"]
+            shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["x1"])
         except Exception as error:                          # torch.load has no common class for broken files
             raise UserError(f"{path} is missing or broken ({type(error).__name__}); delete it, run again") from None
-        shards.append(shard[:count - i * run.config.shard])
+    shards[-1] = shards[-1][:count - (len(shards) - 1) * run.config.shard]
     return shards
 
 
@@ -611,12 +581,12 @@ def draw_stored(shards, seed, prompts, n, dropout=0.0):
 class Prompts:
     """Texts by number as the U-Net reads them: prompts(index (B,)) -> states of the frozen text encoder (B, L, C).
 
-    Number i is text i modulo how many there are.  Few texts are encoded once and kept, many whenever they are asked
-    for.  null: the states (1, L, C) of the text `empty`, which guidance leads away from.
+    Few texts are encoded once and kept, many whenever asked for.  null: the states (1, L, C) of the text `empty`.
     """
 
     def __init__(self, pipe, texts, empty="", few=256):
-        self.texts, self.encoder = texts, pipe.text_encoder
+        self.texts = texts
+        self.encoder = pipe.text_encoder
         self.tokens = pipe.tokenizer(texts).int()
         if pipe.tokenizer.truncated and process()[0] == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
@@ -633,14 +603,14 @@ class Prompts:
 
     def __call__(self, index):
         index = index % len(self.texts)
-        if self.kept is None:
-            return self.encode(self.tokens[index.cpu()])
-        return self.kept[index.to(self.kept.device)]
+        return self.encode(self.tokens[index.cpu()]) if self.kept is None else self.kept[index.to(self.kept.device)]
 
 
 def tiny_configs(config, vocabulary):
     """config.json of every part of the tiny model, under the names of diffusers and transformers."""
-    levels, width = len(config.vae_channels), config.channels[0]
+    width = config.channels[0]
+    levels = len(config.vae_channels)
+    # groups of a norm have at least four channels: with two the colour would get lost
     groups, vae_groups = (min(32, max(1, widths[0] // 4)) for widths in (config.channels, config.vae_channels))
     blocks = ["CrossAttn{}Block2D" if reads else "{}Block2D" for reads in config.attention]
     text = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=4 * width,
@@ -660,12 +630,6 @@ def tiny_configs(config, vocabulary):
     return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": scheduler}))
 
 
-def tiny_networks(configs):
-    """VAE, U-Net and text encoder with fresh weights."""
-    return (VAE.from_config(configs["vae"]), UNet.from_config(configs["unet"]),
-            CLIPTextEncoder.from_config(configs["text_encoder"]))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling and metrics
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,17 +637,13 @@ def tiny_networks(configs):
 
 @dataclass
 class Sampler:
-    """A U-Net and the way to draw with it: carries noise x0 (B, C, h, w) under texts (B, L, C) to latents x1.
-
-    solver: "euler" for a velocity, "dpm" for a diffusion model, "ddim" for a diffusion model read as a velocity.
-    guidance: 1 or less is none, as in InstaFlow's pipeline, which is told 0.
-    """
+    """A U-Net and the way to draw with it: carries noise x0 (B, C, h, w) under texts (B, L, C) to latents x1."""
     pipe: Pipeline
     prompts: Prompts
     unet: nn.Module
-    solver: str
+    solver: str                                             # euler: a velocity; dpm, or ddim as a velocity: diffusion
     steps: int
-    guidance: float = 1.0
+    guidance: float = 1.0                                   # 1 or less is none; InstaFlow's own pipeline is told 0
     evaluations: int = 0                                    # of the network, for all pictures together
 
     @torch.no_grad()
@@ -705,8 +665,7 @@ class Sampler:
 def decode_latents(vae, x1):
     """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
     images = vae.decode(x1 / vae.scale).float()
-    if not images.isfinite().all():
-        raise UserError("the pictures are not finite: the weights are broken, or do not go with --steps and --guidance")
+    require(images.isfinite().all(), "the pictures are not finite: broken weights, or wrong --steps or --guidance")
     return images.clamp(-1, 1)
 
 
@@ -726,51 +685,66 @@ def generate(sampler, run):
     return torch.cat([images.cpu() for images in pictures(sampler, seed, numbers, numbers, run.config.shard)])
 
 
-class CaptionReader:
-    """Reads the caption off a picture of the shapes by template matching: no network, nothing learned.
+def captions_of(images, tolerance=0.15):
+    """The captions that pictures of the shapes (B, 3, S, S) in [-1, 1] show, by template matching; "" for no shape.
 
-    The border tells the background; the colour is the one that explains the pixels best as mixtures of it and the
-    background; the shape is the one that leaves least of the picture unexplained when drawn at the best of all places
-    and many sizes.  If that is more than `tolerance` of the shape's area, there is no caption: blurs do not count.
+    The border tells the background; the colour is the one that explains the pixels best as mixtures of both; the shape
+    is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is more than
+    `tolerance` of its area, it is none: blurs do not count.
     """
+    if len(images) > 128:                                   # bounds the memory
+        return [caption for chunk in images.split(128) for caption in captions_of(chunk, tolerance)]
+    size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
+    scale = (images.shape[-1] - 2) * size / images.shape[-1]
+    images = F.interpolate(images, (size, size), mode="area")
+    half = math.ceil(0.45 * scale) + 1
+    x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
+    templates = torch.stack([(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
+                             for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, 9) * scale], dim=1)
+    colours, grounds = (to_floats(torch.tensor(list(table.values()))) for table in (COLOURS, BACKGROUNDS))
 
-    def __init__(self, size, radii=9, tolerance=0.15):
-        self.size, self.tolerance = min(size, 32), tolerance            # larger pictures are read at 32: it shows all
-        scale = (size - 2) * self.size / size
-        half = math.ceil(0.45 * scale) + 1
-        x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
-        covers = [(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
-                  for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, radii) * scale]
-        self.templates = torch.stack(covers, dim=1)                                # (4 shapes, sizes, width, width)
-        self.colours = to_floats(torch.tensor(list(COLOURS.values())))             # (4, 3)
-        self.grounds = to_floats(torch.tensor(list(BACKGROUNDS.values())))
+    edge = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
+    ground = torch.cdist(edge.median(2).values, grounds).argmin(1)
+    front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
+    pixels = (images - grounds[ground][:, :, None, None]).flatten(2)               # (B, 3, S S)
+    covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
+    off = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
+    colour = off.argmin(1)
+    rows = torch.arange(len(images))
+    cover = covers[rows, colour].reshape(-1, 1, size, size)
+    flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
+    areas = flat.square().sum((1, 2, 3))
+    left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
+    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + off[rows, colour])[:, None]
+    best = left.argmin(1)                                                          # the best place of every template
+    seen = left[rows, best] < tolerance * areas[best]
+    kind = best // templates.shape[1]
+    number = (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground             # as shape_captions counts them
+    return [shape_captions()[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
 
-    def __call__(self, images):
-        """(B, 3, S, S) in [-1, 1] -> B captions, "" for what shows no shape."""
-        images = F.interpolate(images, (self.size, self.size), mode="area")
-        return [caption for chunk in images.split(128) for caption in self.read(chunk)]
 
-    def read(self, images):
-        """The same for a chunk."""
-        edge = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
-        ground = torch.cdist(edge.median(2).values, self.grounds).argmin(1)
-        back = self.grounds[ground]                                                # (B, 3)
-        front = self.colours - back[:, None]                                       # (B, 4, 3)
-        pixels = (images - back[:, :, None, None]).flatten(2)                      # (B, 3, S S)
-        covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
-        off = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
-        colour = off.argmin(1)
-        rows = torch.arange(len(images))
-        cover = covers[rows, colour].reshape(-1, 1, *images.shape[2:])
-        flat = self.templates.flatten(0, 1)[:, None]
-        areas = flat.square().sum((1, 2, 3))
-        left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
-        left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + off[rows, colour])[:, None]
-        best = left.argmin(1)                                                      # the best place of every template
-        seen = left[rows, best] < self.tolerance * areas[best]
-        captions, kind = shape_captions(), best // self.templates.shape[1]
-        number = (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground         # as shape_captions counts them
-        return [captions[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
+def draw_grid(columns, texts, path, each=3, rows=8):
+    """Prompts by networks: `each` pictures a cell, from the same noises along a row.
+
+    columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
+    """
+    from matplotlib.figure import Figure                    # here: training does not need it
+    columns = {heading: images for heading, images in columns.items() if not re.search("velocity|longer", heading)}
+    count = min(len(texts), len(next(iter(columns.values()))))
+    chosen = np.linspace(0, count - 1, min(rows, count)).round().astype(int)
+    figure = Figure((0.65 * each * len(columns) + 2.4, 0.66 * len(chosen) + 0.6), layout="constrained")
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
+    for (heading, images), column in zip(columns.items(), axes.T):
+        column[0].set_title(heading.replace(", ", "\n"), fontsize=9)
+        for i, panel in zip(chosen, column):
+            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+    for i, panel in zip(chosen, axes[:, 0]):
+        label = textwrap.fill(textwrap.shorten(texts[i], 60), 20)
+        panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -788,99 +762,89 @@ def command_line():
 
 
 def sample_main(config):
-    """`sample`: prompts to pictures on a contact sheet."""
-    run, count, path = Run(config, __file__), config.count or 4, Path(config.out or "sample.png")
-    if config.model and not any(text.strip() for text in config.prompt):
-        raise UserError('--prompt "..." is missing or empty: what shall be drawn?')
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:    # fails here, not after the work
-        raise UserError(f"cannot write {path}: name a picture, such as {path.stem}.png")
+    """`sample`: prompts to pictures on a contact sheet, a row for each prompt."""
+    run = Run(config, __file__)
+    count = config.count or 4
+    path = Path(config.out or "sample.png")
+    require("".join(config.prompt).strip() or not config.model, '--prompt "..." is missing: what shall be drawn?')
+    known = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE        # fails here, not after the work
+    require(known, f"cannot write {path}: name a picture, such as {path.stem}.png")
     if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
-    sampler, started = open_sampler(run, [*config.prompt], few=256), time.perf_counter()
+    sampler = open_sampler(run, [*config.prompt], few=256)
     numbers = torch.arange(len(config.prompt) * count, device=run.device)           # the same noises for every prompt
     drawn = pictures(sampler, seed_for(config.seed), numbers // count, numbers % count, config.batch)
     images = torch.cat([batch.cpu() for batch in tqdm(drawn, "batches", disable=None, leave=False)])
-    columns = count if len(config.prompt) > 1 else math.ceil(count ** 0.5)
-    rows = [tile(images[i:i + columns]) for i in range(0, len(images), columns)]
-    rows = [np.pad(row, ((0, 0), (0, rows[0].shape[1] - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     with replacing(path) as part:
-        Image.fromarray(np.concatenate(rows)).save(part)
-    print(f"{len(images)} pictures in {time.perf_counter() - started:.1f} s: {path}")
+        Image.fromarray(np.concatenate([tile(row) for row in images.split(count)])).save(part)
+    print(f"{len(images)} pictures in {time.perf_counter() - run.started:.1f} s: {path}")
 
 
 def evaluate_main(config):
     """`evaluate`: captions to pictures; FID, CLIP score, and the time they take."""
     run = Run(config, __file__)
-    if not config.captions:
-        raise UserError("--captions FILE, please: COCO's captions_*.json, or a text file")
-    captions = read_captions(config.captions, config.count or 5000)
-    if config.fid and not Path(config.real or "?").is_dir():
-        raise UserError(f"--fid needs --real FOLDER of real images; got {config.real or 'none'}")
+    require(config.captions, "--captions FILE, please: COCO's captions_*.json, or a text file")
+    require(not config.fid or Path(config.real or "?").is_dir(), "--fid needs --real FOLDER of real images")
+    captions = read_captions(config.captions)[:config.count or 5000]
     features = inception_features(run) if config.fid else None
     judge = CLIP(config.clip) if config.clip else None
     sampler = open_sampler(run, captions, few=0)            # no text is kept: reading them is timed, too
     numbers = torch.arange(len(captions), device=run.device)
-    seconds, scores, seen, clock = [], [], [], time.perf_counter()
+    seconds, scores, seen = [], [], []
+    clock = time.perf_counter()
     for images in tqdm(pictures(sampler, seed_for(config.seed), numbers, numbers, config.batch), disable=None):
         images = images.cpu()                               # waits for the GPU
         seconds.append(time.perf_counter() - clock)
-        if features:
-            seen.append(resized_features(features, images.to(run.device)))
+        if features:                                        # samples and real images of COCO are compared at 256 x 256
+            small = F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)
+            seen.append(features(small.to(run.device)).cpu())
         if judge:
-            scores += judge.score(images, captions[len(scores):len(scores) + len(images)]).tolist()
+            texts = judge.embed_texts(captions[len(scores):len(scores) + len(images)])
+            scores += (judge.embed_images(images) * texts).sum(1).tolist()
         clock = time.perf_counter()
-    result = {"model": config.model, "captions": len(captions), "size": [*images.shape[2:]], "steps": config.steps,
-              "guidance": config.guidance, "seed": config.seed, "batch": config.batch,
+    result = {"captions": len(captions), "size": [*images.shape[2:]],
               "seconds per batch": float(np.median(seconds[len(seconds) > 1:]))}    # the first batch also warms up
     if features:
         real = real_features(features, config.real, run.device)
         result["FID"] = frechet_from_moments(*moments(torch.cat(seen)), *moments(real))
     if judge:
         result["CLIP score"] = sum(scores) / len(scores)
-    save_json(Path(config.out or "evaluation.json"), result | surroundings(run.script))
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
+    settings = {"settings": dataclasses.asdict(config)}
+    save_json(Path(config.out or "evaluation.json"), result | surroundings(run.script) | settings)
+
+
+def real_features(features, folder, device):
+    """Features of the central squares of all images below a folder, at 256 x 256."""
+    rows = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() in Image.registered_extensions():
+            image = ImageOps.fit(Image.open(path).convert("RGB"), (256, 256), Image.Resampling.BICUBIC)
+            image = torchvision.transforms.functional.pil_to_tensor(image)[None]
+            rows.append(features(to_floats(image).to(device)).cpu())
+    require(len(rows) > 1, f"--real {folder}: {len(rows)} images are no distribution")
+    return torch.cat(rows)
 
 
 def open_sampler(run, texts, few):
     """The network of --model with what --delta and --lora add to it, ready to draw these texts."""
     config = run.config
-    if not config.model:
-        raise UserError("--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
+    require(config.model, "--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
     pipe = load_pipeline(config.model)
-    if pipe.configs["scheduler"].get("prediction_type") == "velocity" and config.solver == "dpm":
-        raise UserError(f"{config.model} is a velocity: use --solver euler, as --preset instaflow and 2-rf do")
+    is_velocity = pipe.configs["scheduler"].get("prediction_type") == "velocity"
+    require(not is_velocity or config.solver == "euler", f"{config.model} is a velocity: use --solver euler")
     if any(config.delta):
-        if len(config.delta) != 2:
-            raise UserError(f"--delta wants two models, FROM TO, got {len(config.delta)}")
-        merge_delta(pipe.unet, *(fetch(source, *WEIGHTS["unet"]) for source in config.delta))
+        require(len(config.delta) == 2, f"--delta wants two models, FROM TO, got {len(config.delta)}")
+        merge_delta(pipe.unet, *(fetch(source, WEIGHTS["unet"]) for source in config.delta))
         fine_tune = load_pipeline(config.delta[1])
         pipe.vae, pipe.text_encoder = fine_tune.vae, fine_tune.text_encoder         # it brings its own
     for item in filter(None, config.lora):
         path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
-    prepare(pipe, run, (config.size * 2)[:2])
+    prepare(pipe, run.device, (config.size * 2)[:2])
     compile_network(pipe.unet, config)
     prompts = Prompts(pipe, texts, config.negative, few)
     return Sampler(pipe, prompts, pipe.unet, config.solver, config.steps, config.guidance)
-
-
-def resized_features(features, images):
-    """Features of pictures (B, 3, H, W) at 256 x 256, at which samples and real images of COCO are compared."""
-    return features(F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)).cpu()
-
-
-def real_features(features, folder, device):
-    """Features of the central squares of all images below a folder, at 256 x 256."""
-    images = (decode(path, 256) for path in sorted(Path(folder).rglob("*")))
-    rows = [features(to_floats(image[None]).to(device)).cpu() for image in images if image is not None]
-    if len(rows) < 2:
-        raise UserError(f"--real {folder}: {len(rows)} readable images are no distribution")
-    return torch.cat(rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: texts, and the vocabulary of the tiny model
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_lines(path, flag):
@@ -890,23 +854,27 @@ def read_lines(path, flag):
     except UnicodeDecodeError:
         raise UserError(f"{flag} {path}: not UTF-8 text") from None
     lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise UserError(f"{flag} {path}: no prompt in it; give a text file with a prompt a line")
+    require(lines, f"{flag} {path}: no prompt in it; give a text file with a prompt a line")
     return lines
 
 
-def read_captions(path, count):
-    """The first `count` captions, one of every image: COCO's captions_*.json, or a text file."""
+def read_captions(path):
+    """One caption of every image: COCO's captions_*.json; or the lines of a text file."""
     if Path(path).suffix != ".json":
-        return read_lines(path, "--captions")[:count]
+        return read_lines(path, "--captions")
     try:
         first = {}
         for entry in read_json(path)["annotations"]:
             first.setdefault(entry["image_id"], entry["caption"].strip())
-        require(first, "none in it")
-        return list(first.values())[:count]
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--captions {path}: no COCO captions ({one_line(error)})") from None
+    require(first, f"--captions {path}: no captions in it")
+    return list(first.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text: captions and tokens
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def shape_captions():
@@ -916,14 +884,12 @@ def shape_captions():
 
 
 def write_vocabulary(texts, folder):
-    """vocab.json and merges.txt in CLIP's format, learnt from the texts: every word of theirs is one token.
+    """vocab.json and merges.txt in CLIP's format, learnt from the texts, until every word of theirs is one token.
 
-    Byte-pair encoding [Sennrich+16]: merge the most frequent pair of neighbours until no word has any.  The vocabulary
-    is bytes, bytes that end a word, merges, start, end; what the texts do not hold is spelt in bytes.
+    Byte-pair encoding [Sennrich+16]: merge the most frequent pair of neighbours until no word has any.
     """
-    letters = byte_letters()
     words = [word for text in texts for word in text.lower().split()]
-    counts = {spell(word, letters): words.count(word) for word in sorted(set(words))}
+    counts = {spell(word): words.count(word) for word in sorted(set(words))}
     merges = []
     while any(len(word) > 1 for word in counts):
         pairs = Counter()
@@ -932,7 +898,8 @@ def write_vocabulary(texts, folder):
                 pairs[pair] += n
         merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
         counts = {merge_pair(word, merges[-1]): n for word, n in counts.items()}
-    tokens = [*letters.values(), *(letter + "</w>" for letter in letters.values()), *map("".join, merges)]
+    letters = BYTE_LETTERS.values()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     save_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     with replacing(folder / "merges.txt") as part:
@@ -940,17 +907,16 @@ def write_vocabulary(texts, folder):
     return folder / "vocab.json", folder / "merges.txt"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Network: Stable Diffusion 1.x [Rombach+22] at any size: prompt -> CLIPTokenizer -> CLIPTextEncoder -> UNet (in latents)
-# -> VAE -> picture, under the parameter names of the public diffusers-format files, which dictate how modules nest
-# ----------------------------------------------------------------------------------------------------------------------
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# Byte -> the character that stands for it in a vocabulary, which thus holds neither spaces nor controls
+BYTE_LETTERS = {byte: chr(byte) for byte in PRINTABLE}
+BYTE_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 
 
 class CLIPTokenizer:
     """Prompts -> token numbers (B, length): start, text, end, end, ...; byte-pair encoding [Sennrich+16] as CLIP's.
 
-    vocab_json, merges_txt: the two files of a public checkpoint, of any size.  tokenizer(prompts) cuts what is too long
-    and leaves in .truncated how many prompts it cut.  UserError for files that are missing or something else.
+    vocab_json, merges_txt: two files of a public checkpoint.  .truncated: how many prompts were cut, as too long.
     """
     SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's; \s has more
     # Python's re knows no Unicode categories, so words are found in a copy of the text, a letter for each character: L
@@ -960,26 +926,24 @@ class CLIPTokenizer:
     CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
 
     def __init__(self, vocab_json, merges_txt, length=77):
-        self.files, self.length, self.truncated = (vocab_json, merges_txt), length, 0
+        self.files = vocab_json, merges_txt
+        self.length = length
+        self.truncated = 0
+        self.known = {}                                     # words that were met before
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            lines = lines[1:] if lines[0].startswith("#version") else lines
-            merges = [tuple(line.split(" ")) for line in lines if line]
-            self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-            require(all(len(pair) == 2 for pair in merges), "merges that are not pairs")
-            require(all(isinstance(n, int) for n in self.vocab.values()), "a vocabulary of something else than numbers")
+            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")
+            merges = merges[1:] if merges[0].startswith("#version") else merges
+            self.ranks = {(a, b): rank for rank, (a, b) in enumerate(line.split(" ") for line in merges if line)}
+            self.start, self.end = int(self.vocab["<|startoftext|>"]), int(self.vocab["<|endoftext|>"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"no CLIP vocabulary in {vocab_json} and {merges_txt}: {one_line(error)}") from None
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.letters, self.known = byte_letters(), {}
 
     def __call__(self, prompts):
         rows = [self.encode(prompt) for prompt in prompts]
         self.truncated = sum(len(row) > self.length - 2 for row in rows)
-        rows = [[self.start, *row[:self.length - 2], self.end] for row in rows]
-        rows = [row + [self.end] * (self.length - len(row)) for row in rows]
-        return torch.tensor(rows).reshape(-1, self.length)
+        rows = [[self.start, *row[:self.length - 2]] for row in rows]
+        return torch.tensor([row + [self.end] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
 
     def encode(self, prompt):
         """One prompt of any length -> list of token numbers, without start and end."""
@@ -989,8 +953,7 @@ class CLIPTokenizer:
                 numbers.append(self.vocab[piece])
                 continue
             text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
-            text = "".join(c.lower() for c in text)         # character by character: no final sigma
-            for word in self.words(text):
+            for word in self.words("".join(c.lower() for c in text)):        # character by character: no final sigma
                 if word not in self.known:
                     self.known[word] = self.merge(word)
                 numbers += self.known[word]
@@ -1008,7 +971,7 @@ class CLIPTokenizer:
 
     def merge(self, word):
         """Merge the adjacent pair of lowest rank, everywhere, until none is known.  Returns token numbers."""
-        parts = spell(word, self.letters)
+        parts = spell(word)
         while len(parts) > 1:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
             if best not in self.ranks:
@@ -1017,17 +980,10 @@ class CLIPTokenizer:
         return [self.vocab.get(part, self.end) for part in parts]
 
 
-def byte_letters():
-    """Byte -> the character that stands for it in a vocabulary, which thus holds neither spaces nor controls."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def spell(word, letters):
+def spell(word):
     """The bytes of a word as letters; its end is part of its last letter."""
-    parts = [letters[byte] for byte in word.encode("utf-8", "replace")]
-    return (*parts[:-1], parts[-1] + "</w>")
+    letters = [BYTE_LETTERS[byte] for byte in word.encode("utf-8", "replace")]
+    return (*letters[:-1], letters[-1] + "</w>")
 
 
 def merge_pair(parts, pair):
@@ -1041,6 +997,55 @@ def merge_pair(parts, pair):
     return tuple(joined)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Network: Stable Diffusion 1.x [Rombach+22] of any size, its parameters named as in the public files
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What the public config.json calls the arguments of the networks below
+PUBLIC = dict(block_out_channels="channels", layers_per_block="layers", attention_head_dim="heads",    # sic
+              cross_attention_dim="context", in_channels="in_channels", out_channels="out_channels",
+              norm_num_groups="groups", down_block_types="attention", latent_channels="latent", scaling_factor="scale",
+              vocab_size="vocab", hidden_size="width", num_hidden_layers="layers", num_attention_heads="heads",
+              max_position_embeddings="length", intermediate_size="inner", hidden_act="act", image_size="size",
+              patch_size="patch")
+FIXED = dict(act_fn="silu", norm_eps=1e-5, layer_norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0)
+
+
+class Public(nn.Module):
+    """A network that is built from the config.json of a public checkpoint."""
+
+    @classmethod
+    def from_config(cls, config):
+        """UserError for settings that only other networks have, as far as the weights will not tell."""
+        try:
+            known = arguments(cls, config)
+            for key, value in FIXED.items():
+                require(config.get(key, value) == value, f"{key} = {config.get(key)!r}")
+            if "attention" in known:
+                kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+                known["attention"] = [kinds[kind] for kind in known["attention"]]
+            return cls(**known)
+        except (UserError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
+
+
+def arguments(network, config):
+    """The arguments of a network that a public config names.  UserError for no sense, such as 10^12 layers."""
+    wanted = inspect.signature(network).parameters
+    found = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted}
+    for name, value in found.items():
+        if isinstance(value, (int, float)):
+            possible = value is not True and 0 < value <= (100 if name == "layers" else 2 ** 20)
+            require(possible, f"{name} = {value} is out of any range")
+    return found
+
+
+def require(condition, message):
+    """UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def attend(q, k, v, heads, causal=False):
     """softmax(q k' / sqrt(d)) v, d = C / heads [Vaswani+17].  q: (B, N, C);  k, v: (B, M, C).  Returns (B, N, C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))          # (B, heads, N, d)
@@ -1050,9 +1055,9 @@ def attend(q, k, v, heads, causal=False):
 class CLIPLayer(nn.Module):
     """x += attention(norm(x)); x += MLP(norm(x)).  (B, N, width) -> the same; causal: a token sees those before it."""
 
-    def __init__(self, width, heads, inner, act, causal=True):
+    def __init__(self, width, heads, inner, act, causal):
         super().__init__()
-        require(act in ("quick_gelu", "gelu") and width % heads == 0, f"activation {act}, {width} channels, {heads} heads")
+        require(act in ("quick_gelu", "gelu") and width % heads == 0, f"{act}, {width} channels in {heads} heads")
         self.heads, self.act, self.causal = heads, act, causal
         self.layer_norm1 = nn.LayerNorm(width)
         self.layer_norm2 = nn.LayerNorm(width)
@@ -1064,39 +1069,28 @@ class CLIPLayer(nn.Module):
         q, k, v = (self.self_attn[f"{name}_proj"](h) for name in "qkv")
         x = x + self.self_attn["out_proj"](attend(q, k, v, self.heads, self.causal))
         h = self.mlp["fc1"](self.layer_norm2(x))
-        h = h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h)
-        return x + self.mlp["fc2"](h)
+        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h))
 
 
-class CLIPTextEncoder(nn.Module):
-    """CLIP's text transformer [Radford+21]: token numbers (B, N <= length) -> one state per token (B, N, width).
+def clip_layers(count, *sizes):
+    """The layers of a tower of CLIP, one after the other, nested as the public names want it."""
+    return nn.ModuleDict({"layers": nn.Sequential(*(CLIPLayer(*sizes) for _ in range(count)))})
 
-    Stable Diffusion reads the states of all tokens, padding included, after the final norm.
-    """
-    names = dict(vocab="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-                 length="max_position_embeddings", inner="intermediate_size", act="hidden_act")
+
+class CLIPTextEncoder(Public):
+    """CLIP's text transformer [Radford+21]: token numbers (B, N <= length) -> one state per token (B, N, width)."""
 
     def __init__(self, vocab=49408, width=768, layers=12, heads=12, length=77, inner=3072, act="quick_gelu"):
         super().__init__()
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
                                          "position_embedding": nn.Embedding(length, width)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
-                CLIPLayer(width, heads, inner, act) for _ in range(layers))}),
-            "final_layer_norm": nn.LayerNorm(width)})
-
-    @classmethod
-    def from_config(cls, config):
-        """From the dictionary in text_encoder/config.json; it holds much else, which is ignored."""
-        fixed = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-        return build(cls, {k: v for k, v in config.items() if k in {*cls.names.values(), *fixed}}, fixed)
+            "encoder": clip_layers(layers, width, heads, inner, act, True), "final_layer_norm": nn.LayerNorm(width)})
 
     def forward(self, tokens):
-        embeddings = self.text_model["embeddings"]
-        x = embeddings["token_embedding"](tokens) + embeddings["position_embedding"].weight[:tokens.shape[1]]
-        for layer in self.text_model["encoder"]["layers"]:
-            x = layer(x)
-        return self.text_model["final_layer_norm"](x)
+        words, places = self.text_model["embeddings"].values()
+        x = words(tokens) + places.weight[:tokens.shape[1]]
+        return self.text_model["final_layer_norm"](self.text_model["encoder"]["layers"](x))
 
 
 # Differs from 02_reflow.py: torch's own initial weights, as whoever trained the public ones began
@@ -1106,10 +1100,7 @@ def conv(c_in, c_out, kernel=3):
 
 
 class ResBlock(nn.Module):
-    """shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + time_emb_proj(SiLU(temb))))).
-
-    x: (B, c_in, H, W);  temb: (B, time), or None in the VAE.  Returns (B, c_out, H, W).
-    """
+    """shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + time_emb_proj(SiLU(temb))))); no temb in the VAE."""
 
     def __init__(self, c_in, c_out, groups, eps, time=0):
         super().__init__()
@@ -1117,17 +1108,14 @@ class ResBlock(nn.Module):
         self.conv1 = conv(c_in, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = conv(c_out, c_out)
-        if time:
-            self.time_emb_proj = nn.Linear(time, c_out)
-        if c_in != c_out:
-            self.conv_shortcut = conv(c_in, c_out, 1)
+        self.time_emb_proj = nn.Linear(time, c_out) if time else None
+        self.conv_shortcut = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, temb=None):
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class Attention(nn.Module):
@@ -1138,8 +1126,7 @@ class Attention(nn.Module):
         require(width % heads == 0, f"{width} channels in {heads} heads")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias)
-        self.to_k = nn.Linear(context or width, width, bias)
-        self.to_v = nn.Linear(context or width, width, bias)
+        self.to_k, self.to_v = (nn.Linear(context or width, width, bias) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x, context=None):
@@ -1155,8 +1142,8 @@ class PixelAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, width, 1e-6)
 
     def forward(self, x, context=None):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)                    # (B, H W, C)
-        return x + super().forward(h).transpose(1, 2).reshape(x.shape)
+        h = super().forward(self.group_norm(x).flatten(2).transpose(1, 2))   # (B, H W, C)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class TransformerBlock(nn.Module):
@@ -1194,10 +1181,7 @@ class Transformer(nn.Module):
 
 
 class Resize(nn.Module):
-    """Half the size by a strided convolution; or, without padding, twice the size, or (H, W), by repeating pixels.
-
-    padding: (left, right, top, bottom); the VAE pads on two sides only.
-    """
+    """With padding (left, right, top, bottom) half the size; else twice the size, or (H, W), by repeating pixels."""
 
     def __init__(self, width, padding=None):
         super().__init__()
@@ -1211,10 +1195,7 @@ class Resize(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: ResBlocks, each followed by an attention as long as there are any, then perhaps a resize.
-
-    widths: channels into each ResBlock;  width: out of each;  resnet: (c_in, c_out) -> ResBlock.
-    """
+    """One resolution: ResBlocks of channels `widths` to `width`, each with an attention if there is one; a resize."""
 
     def __init__(self, widths, width, resnet, attentions=(), resize=None):
         super().__init__()
@@ -1238,33 +1219,30 @@ class Stage(nn.Module):
 
 def recompute(wanted, function, *inputs):
     """function(*inputs); if wanted, its inner activations are not kept but computed again for the gradient."""
-    if wanted and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
+    wanted = wanted and torch.is_grad_enabled()
+    return checkpoint(function, *inputs, use_reentrant=False) if wanted else function(*inputs)
 
 
 # Differs from 02_reflow.py: Stable Diffusion's, which reads text
-class UNet(nn.Module):
+class UNet(Public):
     """Stable Diffusion's U-Net: x (B, in_channels, h, w), timestep (B,), text (B, M, context) -> (B, out, h, w).
 
     channels: width of each resolution;  layers: ResBlocks of each;  attention: which of them read the text.
-    checkpointing = True trades a third more time for most of the activations' memory.
     """
-    names = dict(channels="block_out_channels", layers="layers_per_block", heads="attention_head_dim",     # sic
-                 context="cross_attention_dim", in_channels="in_channels", out_channels="out_channels",
-                 groups="norm_num_groups", attention="down_block_types")
 
     def __init__(self, channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
                  context=768, in_channels=4, out_channels=4, groups=32):
         super().__init__()
         require(len(channels) == len(attention) and channels[0] % 2 == 0, f"channels {channels}, attention {attention}")
         self.checkpointing = False
-        width, time, last = channels[0], 4 * channels[0], len(channels) - 1
+        width, last = channels[0], len(channels) - 1
+        time = 4 * width
         resnet = partial(ResBlock, groups=groups, eps=1e-5, time=time)
         transformer = partial(Transformer, heads=heads, context=context, groups=groups)
         self.conv_in = conv(in_channels, width)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time), "linear_2": nn.Linear(time, time)})
-        self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [width]
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skips = [width]
         for i, (c, reads) in enumerate(zip(channels, attention)):
             widths = [width] + [c] * (layers - 1)
             resize = Resize(c, padding=(1, 1, 1, 1)) if i < last else None
@@ -1280,23 +1258,9 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, width, 1e-5)
         self.conv_out = conv(width, out_channels)
 
-    @classmethod
-    def from_config(cls, config):
-        """From the dictionary in unet/config.json.  UserError for what only other U-Nets have."""
-        kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-        down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-        if not isinstance(down, list) or not set(map(str, down)) <= set(kinds):
-            raise UserError(f"UNet has no blocks {down}")
-        fixed = dict(act_fn="silu", norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1,
-                     mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn", conv_in_kernel=3,
-                     conv_out_kernel=3, time_embedding_type="positional", transformer_layers_per_block=1,
-                     resnet_time_scale_shift="default", resnet_out_scale_factor=1, attention_type="default",
-                     up_block_types=[kind.replace("Down", "Up") for kind in reversed(down)])
-        return build(cls, config | {"down_block_types": [kinds[kind] for kind in down]}, fixed)
-
     def embed(self, timestep):
         """cos and sin of the timestep at frequencies 1 ... 1/10000, through an MLP.  (B,) -> (B, 4 channels[0])."""
-        first, second = self.time_embedding["linear_1"], self.time_embedding["linear_2"]
+        first, second = self.time_embedding.values()
         half = first.in_features // 2                       # float32 even if the network is not, in the public order
         exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep.float()[:, None] * exponents.exp()
@@ -1329,19 +1293,13 @@ class UNet(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """InstaFlow-1.7B's network [Liu+24 app. B]: the features of U-Net a enter b in place of b's conv_in's output.
+    """InstaFlow-1.7B's network [Liu+24 app. B]: two copies of a U-Net without a's output head and b's conv_in."""
 
-    Inputs and output as UNet's.  a's output head and b's conv_in, the "In + Out block", are gone; nothing is shared.
-    a and b are copies of the U-Nets that it is given, both of the first if there is no second.
-    """
-
-    def __init__(self, unet_a=None, unet_b=None):
+    def __init__(self, unet=None):
         super().__init__()
-        self.a = copy.deepcopy(unet_a or UNet())
-        self.b = copy.deepcopy(unet_b or self.a)
+        self.a = copy.deepcopy(unet or UNet())
+        self.b = copy.deepcopy(self.a)
         self.checkpointing = self.a.checkpointing
-        width_a, width_b = self.a.conv_in.out_channels, self.b.conv_in.out_channels
-        require(width_a == width_b, f"{width_a} and {width_b} channels")
         del self.a.conv_norm_out, self.a.conv_out, self.b.conv_in
 
     @classmethod
@@ -1355,36 +1313,17 @@ class StackedUNet(nn.Module):
         return self.b.head(self.b.body(h, timestep, text))
 
 
-class Coder(nn.Module):
-    """Half of the VAE: convolution, stages down, the middle, stages up (one of the two lists is empty), convolution."""
-
-    def __init__(self, c_in, c_out, first, last, groups, down=(), middle=None, up=()):
-        super().__init__()
-        self.conv_in = conv(c_in, first)
-        self.down_blocks, self.mid_block, self.up_blocks = nn.ModuleList(down), middle, nn.ModuleList(up)
-        self.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
-        self.conv_out = conv(last, c_out)
-
-    def forward(self, x, checkpointing):
-        x = self.conv_in(x)
-        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            x = recompute(checkpointing, stage, x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class VAE(nn.Module):
+class VAE(Public):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, latent, H/8, W/8) with the four default channels.
 
-    encode gives mean and log-variance of q(z | x), decode takes z.  Diffusion runs in scale * z, which has unit
-    variance.  checkpointing: as UNet's; it matters where a loss looks at decoded pictures.
+    encode gives mean and log-variance of q(z | x), decode takes z.  Diffusion runs in scale * z, of unit variance.
     """
-    names = dict(channels="block_out_channels", layers="layers_per_block", latent="latent_channels",
-                 groups="norm_num_groups", scale="scaling_factor")
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent=4, groups=32, scale=0.18215):
         super().__init__()
         require(0 < scale < math.inf, f"scale {scale}")
-        self.scale, self.checkpointing = scale, False
+        self.scale = scale
+        self.checkpointing = False
         first, top, last = channels[0], channels[-1], len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-6)
         down, up = [], []
@@ -1395,119 +1334,86 @@ class VAE(nn.Module):
             resize = Resize(c) if i > 0 else None
             up.append(Stage([channels[min(i + 1, last)]] + [c] * layers, c, resnet, resize=resize))
         middles = [Stage([top, top], top, resnet, [PixelAttention(top, groups)]) for _ in range(2)]
-        self.encoder = Coder(3, 2 * latent, first, top, groups, down=down, middle=middles[0])
-        self.decoder = Coder(latent, 3, top, first, groups, middle=middles[1], up=up)
+        self.encoder = nn.Sequential(OrderedDict(
+            conv_in=conv(3, first), down_blocks=nn.Sequential(*down), mid_block=middles[0],
+            conv_norm_out=nn.GroupNorm(groups, top, 1e-6), act=nn.SiLU(), conv_out=conv(top, 2 * latent)))
+        self.decoder = nn.Sequential(OrderedDict(
+            conv_in=conv(latent, top), mid_block=middles[1], up_blocks=nn.Sequential(*up),
+            conv_norm_out=nn.GroupNorm(groups, first, 1e-6), act=nn.SiLU(), conv_out=conv(first, 3)))
         self.quant_conv = conv(2 * latent, 2 * latent, 1)
         self.post_quant_conv = conv(latent, latent, 1)
 
-    @classmethod
-    def from_config(cls, config):
-        """From the dictionary in vae/config.json.  UserError for what only other VAEs have."""
-        channels = config.get("block_out_channels")
-        levels = len(channels) if isinstance(channels, list) else 4
-        return build(cls, config, dict(
-            act_fn="silu", in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels, use_quant_conv=True, use_post_quant_conv=True,
-            mid_block_add_attention=True))
+    def run(self, coder, x):
+        """Encoder or decoder, stage by stage."""
+        for part in coder:
+            for stage in part if isinstance(part, nn.Sequential) else [part]:
+                x = recompute(self.checkpointing, stage, x)
+        return x
+
+    def forward(self, x):
+        mean, logvar = self.encode(x)
+        return self.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)), mean, logvar
 
     def encode(self, x):
         """Mean and log-variance of the latents, each (B, latent, H/8, W/8)."""
-        mean, logvar = self.quant_conv(self.encoder(x, self.checkpointing)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.run(self.encoder, x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """The picture (B, 3, H, W), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z), self.checkpointing)
+        return self.run(self.decoder, self.post_quant_conv(z))
+
+
+class CLIPVision(nn.Module):
+    """CLIP's image tower: pictures (B, 3, H, W) in [-1, 1] -> (B, width), the state of a class token."""
+
+    def __init__(self, width=768, layers=12, heads=12, inner=3072, act="quick_gelu", size=224, patch=32):
+        super().__init__()
+        self.size = size
+        self.embeddings = nn.ModuleDict({"patch_embedding": nn.Conv2d(3, width, patch, patch, bias=False),
+                                         "position_embedding": nn.Embedding((size // patch) ** 2 + 1, width)})
+        self.embeddings.register_parameter("class_embedding", nn.Parameter(torch.zeros(width)))
+        self.pre_layrnorm = nn.LayerNorm(width)             # sic
+        self.post_layernorm = nn.LayerNorm(width)
+        self.encoder = clip_layers(layers, width, heads, inner, act, False)
+
+    def forward(self, images):
+        images = torchvision.transforms.functional.center_crop(images, min(images.shape[2:]))
+        images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+        mean, std = images.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+        patches, places = self.embeddings.values()
+        x = patches((images - mean[:, None, None]) / std[:, None, None]).flatten(2).transpose(1, 2)
+        x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        return self.post_layernorm(self.encoder["layers"](self.pre_layrnorm(x + places.weight))[:, 0])
 
 
 class CLIP(CLIPTextEncoder):
-    """CLIP [Radford+21] with its image tower: pictures and texts -> vectors of length one in a common space."""
-    image_names = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-                       inner="intermediate_size", act="hidden_act", size="image_size", patch="patch_size")
+    """CLIP [Radford+21] with both towers, from a public folder: pictures and texts -> vectors of length one."""
 
-    def __init__(self, text, dim=512, width=768, layers=12, heads=12, inner=3072, act="quick_gelu", size=224, patch=32):
-        super().__init__(**text)
-        self.vision_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"patch_embedding": nn.Conv2d(3, width, patch, patch, bias=False),
-                                         "position_embedding": nn.Embedding((size // patch) ** 2 + 1, width)}),
-            "pre_layrnorm": nn.LayerNorm(width), "post_layernorm": nn.LayerNorm(width),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
-                CLIPLayer(width, heads, inner, act, causal=False) for _ in range(layers))})})
-        self.vision_model["embeddings"].register_parameter("class_embedding", nn.Parameter(torch.zeros(width)))
-        self.visual_projection = nn.Linear(width, dim, bias=False)
-        self.text_projection = nn.Linear(self.text_model["final_layer_norm"].normalized_shape[0], dim, bias=False)
-        self.logit_scale, self.size = nn.Parameter(torch.zeros(())), size
-
-    @classmethod
-    def from_folder(cls, folder):
-        """From config.json and model.safetensors (or pytorch_model.bin) of a public checkpoint, with its tokenizer."""
-        folder = Path(folder)
-        config = read_json(folder / "config.json")
+    def __init__(self, folder):
+        config = read_json(Path(folder) / "config.json")
         try:                                                # files leave out what equals the format's defaults
-            defaults = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
-            text = arguments(defaults | config["text_config"], cls.names)
-            model = cls(text, config.get("projection_dim", 512), **arguments(config["vision_config"], cls.image_names))
-        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            text = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8) | config["text_config"]
+            image = dict(hidden_size=768) | config["vision_config"]
+            super().__init__(**arguments(CLIPTextEncoder, text))
+            self.vision_model = CLIPVision(**arguments(CLIPVision, image))
+            self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
+            self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
+        except (UserError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{folder}/config.json describes no CLIP with two towers: {one_line(error)}") from None
-        load_weights(model, fetch(folder, "model.safetensors", "pytorch_model.bin"))
-        model.tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", text.get("length", 77))
-        return model.eval().requires_grad_(False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
+        load_weights(self, fetch(folder, "model.safetensors")).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer(fetch(folder, "vocab.json"), fetch(folder, "merges.txt"))
 
-    @torch.no_grad()
     def embed_images(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, dim): the central square, resized, normalised as in training, class token."""
-        images = torchvision.transforms.functional.center_crop(images, min(images.shape[2:]))
-        images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-        mean = images.new_tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
-        std = images.new_tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
-        vision, embeddings = self.vision_model, self.vision_model["embeddings"]
-        x = embeddings["patch_embedding"]((images - mean) / std).flatten(2).transpose(1, 2)
-        x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        x = vision["pre_layrnorm"](x + embeddings["position_embedding"].weight)
-        for layer in vision["encoder"]["layers"]:
-            x = layer(x)
-        return F.normalize(self.visual_projection(vision["post_layernorm"](x[:, 0])), dim=1)
+        """(B, 3, H, W) in [-1, 1] -> (B, dim)."""
+        return F.normalize(self.visual_projection(self.vision_model(images)), dim=1)
 
-    @torch.no_grad()
-    def embed_texts(self, tokens):
-        """(B, L) -> (B, dim): the state of the first end token has seen the whole text."""
+    def embed_texts(self, texts):
+        """B texts -> (B, dim): the state of the first end token has seen the whole text."""
+        tokens = self.tokenizer(texts)
         states = self(tokens)[torch.arange(len(tokens)), (tokens == self.tokenizer.end).int().argmax(1)]
         return F.normalize(self.text_projection(states), dim=1)
-
-    def score(self, images, captions):
-        """Cosines (B,) of pictures (B, 3, H, W) and their captions."""
-        return (self.embed_images(images) * self.embed_texts(self.tokenizer(captions))).sum(1)
-
-
-def require(condition, message):
-    """ValueError with this message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def build(cls, config, fixed):
-    """cls from a public config.  fixed: key -> its one possible value;  what cls.names does not know must be off."""
-    without_effect = ("sample_size", "force_upcast", "addition_embed_type_num_heads")
-    for key, value in config.items():
-        off = key in cls.names.values() or key in without_effect or key.startswith("_") or not value
-        if not (value == fixed[key] if key in fixed else off):
-            raise UserError(f"{cls.__name__} has no {key} = {value!r}")
-    try:
-        return cls(**arguments(config, cls.names))
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
-
-
-def arguments(config, names):
-    """The arguments of a constructor from a public config.  names: argument -> key.
-
-    ValueError for numbers that are no setting: with 10^12 layers, building would not come to an end.
-    """
-    for key in names.values():
-        value, most = config.get(key), 100 if "layers" in key else 2 ** 20
-        require(not isinstance(value, (int, float)) or value is not True and 0 < value <= most,
-                f"{key} = {value} is out of any range")
-    return {name: config[key] for name, key in names.items() if key in config}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1518,9 +1424,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-WEIGHTS = {"text_encoder": ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
-           "unet": tuple(f"unet/{name}" for name in DIFFUSERS), "vae": tuple(f"vae/{name}" for name in DIFFUSERS)}
+NETWORKS = {"vae": VAE, "unet": UNet, "text_encoder": CLIPTextEncoder}
+WEIGHTS = {"vae": "vae/diffusion_pytorch_model.safetensors", "unet": "unet/diffusion_pytorch_model.safetensors",
+           "text_encoder": "text_encoder/model.safetensors"}
 
 
 def one_line(error):
@@ -1531,45 +1437,41 @@ def one_line(error):
 def load_safetensors(path):
     """Name -> tensor, mapped into memory: pages are read when they are touched.  UserError for a broken file.
 
-    The file: n as 8 bytes (little-endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
-    Offsets count from the end of the JSON; the tensors must fill the data without overlap or gap.
+    The file: n as 8 bytes (little-endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, which
+    the tensors must fill without overlap or gap.  Offsets count from the end of the JSON.
     """
     try:
-        with open(path, "rb") as file:
-            # a private copy: whoever writes into a tensor changes his memory, not the file
+        with open(path, "rb") as file:                      # a private copy: who writes into a tensor leaves the file
             data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
         n = struct.unpack("<Q", bytes(data[:8].tolist()))[0]
         require(n <= len(data) - 8, f"its header of {n} bytes is longer than the file")
-        header, data = json.loads(data[8:8 + n].numpy().tobytes()), data[8 + n:]
+        header = json.loads(data[8:8 + n].numpy().tobytes())
         header.pop("__metadata__", None)
+        data = data[8 + n:]
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            require(entry["data_offsets"][0] == end, f"{name} does not begin where the tensor before it ends")
-            header[name], end = tensor_at(data, entry), entry["data_offsets"][1]
+            begin, stop = entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            require(begin == end <= stop, f"{name} does not begin where the tensor before it ends")
+            require(math.prod(entry["shape"]) * dtype.itemsize == stop - begin, f"{name} is of another size")
+            view = data[begin:stop]
+            view = view.clone() if view.storage_offset() % dtype.itemsize else view          # at an odd byte
+            header[name] = view.view(dtype).reshape(entry["shape"])
+            end = stop
         require(end == len(data), f"its tensors have {end} bytes, the file has {len(data)} for them")
         return header
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error, RuntimeError) as error:
+    except Exception as error:                              # hostile files fail in any way
         raise UserError(f"{path} is no readable safetensors file: {one_line(error)}") from None
-
-
-def tensor_at(data, entry):
-    """The view of uint8 data (N,) that a header entry describes.  ValueError and the like if it describes nonsense."""
-    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    require(0 <= begin <= end <= len(data), f"offsets {begin}, {end} lie outside the {len(data)} bytes of data")
-    require(len(shape) <= 64 and all(isinstance(side, int) and 0 <= side < 2 ** 63 for side in shape), "bad shape")
-    require(math.prod(shape) * dtype.itemsize == end - begin, f"shape {shape} does not fill {end - begin} bytes")
-    view = data[begin:end]
-    return (view.clone() if view.storage_offset() % dtype.itemsize else view).view(dtype).reshape(shape)
 
 
 def save_safetensors(path, tensors):
     """Name -> tensor to a file that load_safetensors and everybody else's loaders read.  Written whole."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):   # wide ones first: everything is aligned
-        begin, end = end, end + tensors[name].numel() * tensors[name].itemsize
-        header[name] = {"dtype": names[tensors[name].dtype], "shape": [*tensors[name].shape],
-                        "data_offsets": [begin, end]}
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = dict(dtype=names[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[begin, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as part, open(part, "wb") as file:
@@ -1578,42 +1480,27 @@ def save_safetensors(path, tensors):
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def read_tensors(path):
-    """Name -> tensor from .safetensors, or else from a file of torch.save, which is never unpickled freely."""
-    if Path(path).suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        require(all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()), "no tensors")
-        return tensors
-    except Exception as error:                              # torch.load has no common class for broken files
-        raise UserError(f"{path} holds no readable weights: {one_line(error)}") from None
-
-
 def read_state(module, path):
-    """The file's tensors under the module's own names, all of them and none else; UserError names what is wrong.
+    """The file's tensors under the module's own names, all and no others.
 
     Known dialects: text encoders without the prefix text_model, or with position_ids; VAEs of before 2023.
     """
-    want, state = module.state_dict(), {}
+    want = module.state_dict()
+    state = {}
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    for name, tensor in read_tensors(path).items():
+    for name, tensor in load_safetensors(path).items():
         name = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: old[m[0]], name)
         if not name.endswith("position_ids"):
             state[name if name in want or "text_model." + name not in want else "text_model." + name] = tensor
     wrong = [name for name in sorted(want.keys() | state.keys()) if name not in want or name not in state
              or want[name].shape != state[name].shape or not state[name].is_floating_point()]
-    if wrong:
-        raise UserError(f"{path} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, of "
-                        f"another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
+    require(not wrong, f"{path} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, of "
+            f"another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
     return state
 
 
 def load_weights(module, path):
-    """Load a .safetensors or .bin file into the module, in the module's number format; returns the module.
-
-    A module on the meta device takes the file's own memory, so that its weights are read once and copied never.
-    """
+    """Load a file into the module, which it returns.  On the meta device that takes the file's own memory, uncopied."""
     own = next(module.parameters())
     state = {name: tensor.to(own.dtype) for name, tensor in read_state(module, path).items()}
     module.load_state_dict(state, assign=own.is_meta)
@@ -1623,25 +1510,22 @@ def load_weights(module, path):
 def merge_lora(modules, path, scale=1.0):
     """Add a LoRA [Hu+21] to the weights: W += scale * alpha / rank * up down.  Returns how many weights changed.
 
-    modules: {"unet": UNet, "te": text encoder}, whichever the file may change.  path: the format of Kohya's trainer
-    and CivitAI, lora_unet_down_blocks_0_..._to_q.lora_up.weight with .lora_down.weight and perhaps .alpha.
+    modules: {"unet": UNet, "te": text encoder}.  path: the format of Kohya's trainer and CivitAI, that is
+    lora_unet_down_blocks_0_..._to_q.lora_up.weight with .lora_down.weight and perhaps .alpha.
     """
     layers = {f"lora_{prefix}_{name.replace('.', '_')}": layer.weight for prefix, module in modules.items()
               for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    tensors, deltas = read_tensors(path), {}
-    for key in sorted(tensors):
-        name, _, part = key.partition(".")
+    tensors = load_safetensors(path)
+    deltas = {}
+    for name in sorted({key.split(".")[0] for key in tensors}):
         try:
-            require(part in ("lora_up.weight", "lora_down.weight", "alpha"), "unknown")
-            if name not in deltas:
-                up, down = (tensors[f"{name}.lora_{side}.weight"].float().flatten(1) for side in ("up", "down"))
-                alpha = float(tensors.get(f"{name}.alpha", len(down)))
-                deltas[name] = scale * alpha / len(down) * up @ down         # (out, rank) (rank, in [kh kw])
-                require(deltas[name].shape == layers[name].flatten(1).shape, "another shape")
-        except (ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{path} is no LoRA of this model in Kohya's naming: {one_line(key)} ({one_line(error)})") from None
-    if not deltas:
-        raise UserError(f"{path} is no LoRA: it is empty")
+            up, down = (tensors.pop(f"{name}.lora_{side}.weight").float().flatten(1) for side in ("up", "down"))
+            alpha = float(tensors.pop(f"{name}.alpha", len(down)))
+            deltas[name] = scale * alpha / len(down) * up @ down             # (out, rank) (rank, in [kh kw])
+            require(deltas[name].shape == layers[name].flatten(1).shape, "of another shape")
+        except (UserError, ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not fit these networks: {one_line(name)}: {one_line(error)}") from None
+    require(deltas and not tensors, f"{path} is no LoRA in Kohya's naming: {one_line(sorted(tensors)[:3])}")
     with torch.no_grad():
         for name, delta in deltas.items():
             layers[name] += delta.reshape(layers[name].shape).to(layers[name])
@@ -1656,35 +1540,29 @@ def merge_delta(unet, base, target, scale=1.0):
             weight += (scale * (target[name].float() - base[name].float())).to(weight)
 
 
-def fetch(source, *names):
-    """The first of these files in the folder `source`, or in the repository owner/name, which runs/cache keeps."""
-    folder, found, hub = Path(source), Path(source).is_dir(), os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not found:
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-            raise UserError(f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
+def fetch(source, name):
+    """This file of the folder `source`, or of the repository owner/name, which is kept in runs/cache."""
+    folder = Path(source)
+    if not folder.is_dir():
+        require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)),
+                f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
         folder = Path("runs/cache") / str(source).replace("/", "--")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    for name in () if found else names:
-        if download(f"{hub.rstrip('/')}/{source}/resolve/main/{name}", folder / name):
-            return folder / name
-    raise UserError(f"{source} has no {' or '.join(names)}")
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        if not (folder / name).exists():
+            download(f"{hub}/{source}/resolve/main/{name}", folder / name)
+    require((folder / name).is_file(), f"{source} has no {name}")
+    return folder / name
 
 
 def download(url, path):
-    """Fetch url to path, whole or not at all; returns False if the server has no such file.  UserError otherwise."""
+    """A whole file.  (torch.hub.download_url_to_file keeps what has broken off.)"""
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, replacing(path) as part, open(part, "wb") as file:
             size = int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(file, "write", total=size, desc=path.name, disable=None) as watched:
                 shutil.copyfileobj(reply, watched)
-            if size not in (0, file.tell()):                # torch.hub.download_url_to_file would not notice
-                raise OSError(f"broke off at {file.tell()} of {size} bytes")
-        return True
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if getattr(error, "code", None) == 404:
-            return False
+            require(size in (0, file.tell()), f"broke off at {file.tell()} of {size} bytes")
+    except Exception as error:                              # a network fails in any way
         raise UserError(f"{url}: {one_line(error)}; is the name right, and the model public?") from None
 
 
@@ -1694,7 +1572,7 @@ def read_json(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         require(isinstance(content, dict), "it holds no object")
         return content
-    except (OSError, ValueError, RecursionError) as error:
+    except (UserError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {one_line(error)}") from None
 
 
@@ -1710,57 +1588,41 @@ class Pipeline:
 
 
 def load_pipeline(source):
-    """A Pipeline from a folder in the diffusers layout, or from a Hugging Face repository owner/name.
-
-    Weights are safetensors or, if there are none, .bin.  UserError in one line for anything missing or broken.
-    """
+    """A Pipeline from a folder in the layout of diffusers, or from a Hugging Face repository owner/name."""
     tokenizer = CLIPTokenizer(fetch(source, "tokenizer/vocab.json"), fetch(source, "tokenizer/merges.txt"))
-    parts, configs = {}, {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
-    for name, cls in (("text_encoder", CLIPTextEncoder), ("unet", UNet), ("vae", VAE)):
+    configs = {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
+    parts = {}
+    for name, cls in NETWORKS.items():
         configs[name] = read_json(fetch(source, f"{name}/config.json"))
-        cls = StackedUNet if configs[name].get("_class_name") == "StackedUNet" else cls
+        stacked = configs[name].get("_class_name") == "StackedUNet"
         with torch.device("meta"):                          # no memory, no time: the weights come from the file
-            module = cls.from_config(configs[name])
-        parts[name] = load_weights(module, fetch(source, *WEIGHTS[name]))
-    pipe = Pipeline(tokenizer, **parts, configs=configs)
-    check_fit(pipe, source)
-    return pipe
+            module = (StackedUNet if stacked else cls).from_config(configs[name])
+        parts[name] = load_weights(module, fetch(source, WEIGHTS[name]))
+    wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
+    given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
+    require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
+    return Pipeline(tokenizer, **parts, configs=configs)
 
 
-def check_fit(pipe, source):
-    """UserError if the parts of a pipeline are of different models."""
-    words, places = (table.weight for table in pipe.text_encoder.text_model["embeddings"].values())
-    first, last = getattr(pipe.unet, "a", pipe.unet).conv_in, getattr(pipe.unet, "b", pipe.unet).conv_out
-    read = {module.to_k.in_features for name, module in pipe.unet.named_modules() if name.endswith("attn2")}
-    try:
-        require(set(pipe.tokenizer.vocab.values()) <= set(range(len(words))), "the text encoder lacks tokens")
-        require(len(places) >= pipe.tokenizer.length, f"the text encoder reads only {len(places)} tokens")
-        require(read <= {words.shape[1]}, f"the U-Net wants texts of width {read}, not {words.shape[1]}")
-        channels = {first.in_channels, last.out_channels, pipe.vae.post_quant_conv.in_channels}
-        require(len(channels) == 1, "the latents of U-Net and VAE differ")
-    except ValueError as error:
-        raise UserError(f"{source}: its parts do not fit each other: {error}") from None
-
-
-def open_pipeline(source, run):
-    """The same in every process of a torchrun: the first one downloads what is missing."""
-    if run.rank == 0:
-        load_pipeline(source)
-    run.wait()
-    return load_pipeline(source)
-
-
-def prepare(pipe, run, sides):
+def prepare(pipe, device, sides):
     """Move the parts to the device, frozen.  sides: height and width of the pictures, 0 for what it was trained at."""
     for module in (pipe.text_encoder, pipe.unet, pipe.vae):
-        place(module, run.device).eval().requires_grad_(False)
-    factor, trained = 2 ** (len(pipe.vae.decoder.up_blocks) - 1), pipe.configs["unet"].get("sample_size") or 64
-    if 0 in sides and not (isinstance(trained, int) and 0 < trained <= 1024):
-        raise UserError(f"the model says sample_size = {trained!r}, which is no side: give --size")
+        place(module, device).eval().requires_grad_(False)
+    factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
+    trained = pipe.configs["unet"].get("sample_size") or 64
+    require(all(sides) or isinstance(trained, int) and 0 < trained <= 1024,
+            f"the model says sample_size = {trained!r}, which is no side: give --size")
     sides = [side or trained * factor for side in sides]
-    if any(side % factor for side in sides):
-        raise UserError(f"pictures of {sides[0]} x {sides[1]}: the sides must be divisible by {factor}")
+    require(all(side % factor == 0 for side in sides), f"--size {sides}: the sides must be divisible by {factor}")
     pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
+
+
+def save_student(run, name, pipe, unet):
+    """The teacher's pipeline with another U-Net, which says that it predicts a velocity."""
+    kind = "StackedUNet" if isinstance(unet, StackedUNet) else "UNet2DConditionModel"
+    configs = pipe.configs | {"unet": pipe.configs["unet"] | {"_class_name": kind},
+                              "scheduler": pipe.configs["scheduler"] | {"prediction_type": "velocity"}}
+    save_pipeline(run, name, dataclasses.replace(pipe, unet=unet, configs=configs))
 
 
 def save_pipeline(run, name, pipe):
@@ -1769,14 +1631,11 @@ def save_pipeline(run, name, pipe):
     if run.rank > 0 or folder.exists():
         return
     with replacing(folder) as part:
-        for name, (weights, _) in WEIGHTS.items():
-            save_safetensors(part / weights, getattr(pipe, name).state_dict())
+        for name, path in WEIGHTS.items():
+            save_safetensors(part / path, getattr(pipe, name).state_dict())
         for name, config in pipe.configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
-        end = "<|endoftext|>"
-        save_json(part / "tokenizer" / "tokenizer_config.json", dict(
-            tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token=end,
-            unk_token=end, pad_token=end))
+        save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})
         for path in pipe.tokenizer.files:
             shutil.copy(path, part / "tokenizer")
         index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -1784,33 +1643,6 @@ def save_pipeline(run, name, pipe):
                  "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         off = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         save_json(part / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index | off)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def draw_grid(columns, texts, path, each=3, rows=8):
-    """Prompts by networks: `each` pictures a cell, from the same noises along a row.
-
-    columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
-    """
-    last = min(len(texts), len(next(iter(columns.values())))) - 1
-    rows = min(rows, last + 1)
-    chosen = [round(i * last / max(1, rows - 1)) for i in range(rows)]
-    figure, axes = new_figure(len(columns), rows, size=1.0)
-    figure.set_size_inches(1.3 * each * 0.5 * len(columns) + 2.4, 0.66 * rows + 0.6)
-    for (heading, images), column in zip(columns.items(), axes.T):
-        for i, panel in zip(chosen, column):
-            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
-        column[0].set_title(heading.replace(", ", "\n"), fontsize=9)
-    for i, panel in zip(chosen, axes[:, 0]):
-        label = textwrap.shorten(texts[i], 60, placeholder="...")
-        panel.set_ylabel(textwrap.fill(label, 20), rotation=0, ha="right", va="center", fontsize=8)
-    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1858,19 +1690,6 @@ def integrate(velocity, x0, steps, method="euler"):
             v = (v + velocity(z + v / steps, t + 1 / steps)) / 2
         path.append(z + v / steps)
     return torch.stack(path)
-
-
-def new_figure(columns, rows=1, size=4.0):
-    """Square panels, as a figure that no window and no notebook shows by itself: it is only saved."""
-    from matplotlib.figure import Figure                    # here: training does not need it
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
-
-
-def save_figure(figure, path):
-    """A picture for screen and slides."""
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def train(model, loss_fn, config, stream=0, progress=None):
@@ -2202,7 +2021,7 @@ def launch(main, Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class RandomFeatures(nn.Module):
-    """Features (B, 96) of images (B, 3, S, S) in [-1, 1] by seeded random convolutions, each at half the resolution.
+    """Images (B, 3, S, S) in [-1, 1] -> features (B, 96): means and deviations under seeded random convolutions.
 
     They rank samples of one data set; the numbers mean nothing beside anybody's FID.
     """
@@ -2311,12 +2130,6 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def to_device(images, device):
-    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return images.to(device).contiguous(memory_format=layout)
-
-
 SHAPES = ["circle", "square", "triangle", "cross"]          # the index is the label
 COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
 BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
@@ -2340,7 +2153,8 @@ def shapes(n, size=32, seed=0):
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
     r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
-    cx, cy = (1 + r + (size - 2 - 2 * r) * u[:, i, None, None] for i in (4, 5))     # at least a pixel of background
+    cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
+    cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
     front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
     back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
     pixel = torch.arange(size) + 0.5                        # pixel centres
@@ -2350,25 +2164,10 @@ def shapes(n, size=32, seed=0):
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
         images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
+    colours = list(COLOURS)
+    grounds = list(BACKGROUNDS)
     numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {[*COLOURS][c]} {SHAPES[k]} on a {[*BACKGROUNDS][g]} background" for c, k, g in numbers]
-
-
-def decode(path, size):
-    """An image file of any format, colour mode and size -> uint8 (3, size, size), or None if it cannot be read."""
-    try:
-        with Image.open(path) as image:                     # refuses decompression bombs
-            image.draft("RGB", (2 * size, 2 * size))        # a large JPEG decodes faster at a fraction of its size
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                  # 16-bit grey: Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # the central square
-            return torchvision.transforms.functional.pil_to_tensor(image)
-    except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
-        return None
+    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
 
 
 def tile(images):
