@@ -134,16 +134,18 @@ def draw_pairs(z0, z1, n):
 def reflow(teacher, noise, config):
     z0, z1 = ch1.make_pairs(teacher, noise, 16)
     network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = ch1.pair_loss(ch1.draw_stored(z0, z1[torch.randperm(len(z1))]), config, "cpu")
+    draw = partial(ch1.draw_stored, z0, z1[torch.randperm(len(z1))])
+    loss_fn = partial(ch1.pair_loss, draw=draw, n=config.batch)
     for step, loss, ema in ch1.train(network, loss_fn, config):
         pass
     return ema.model
 """, "the pairs are shuffled"),
     ("hw2", "reflow", """
 def reflow(teacher, noise, config):
-    draw = ch1.draw_stored(*ch1.make_pairs(teacher, noise, 16))
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
     network = ch1.VelocityMLP(config.width, config.depth)
-    for step, loss, ema in ch1.train(network, ch1.pair_loss(draw, config, "cpu"), config):
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
+    for step, loss, ema in ch1.train(network, loss_fn, config):
         pass
     return network
 """, "the EMA is not used"),
