@@ -377,12 +377,12 @@ def evaluate(velocity, draw, real, few, run):
     x0, x1, labels = draw(500)
     row["error_by_t"] = loss_by_time(partial(velocity, labels=labels), x0, x1, bins=5).tolist()
     torch.manual_seed(seed_for(run.config.seed, 4))         # every network inverts the same slightly noisy pictures
-    flow = partial(velocity, labels=few[1])
+    pictures, labels = few
+    flow = partial(velocity, labels=labels)
     for steps in (1, 2, 4, 8):
-        z0 = invert(flow, few[0], steps, noise=run.config.invert_noise)
-        row["mse"][str(steps)] = (integrate(flow, z0, steps)[-1] - few[0]).square().mean().item()
-    row["z2"] = z0.flatten(1).square().sum(1).mean().item()
-    return row
+        z0 = invert(flow, pictures, steps, noise=run.config.invert_noise)
+        row["mse"][str(steps)] = (integrate(flow, z0, steps)[-1] - pictures).square().mean().item()
+    return row | {"z2": z0.flatten(1).square().sum(1).mean().item()}
 
 
 def invert_pictures(velocity, data, run):
@@ -1193,7 +1193,6 @@ def load_data(run):
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
     folder = run.config.data_dir
-    size = run.config.image_size
     try:
         if run.config.download and run.rank == 0:
             torchvision.datasets.CIFAR10(folder, download=True)
@@ -1202,7 +1201,7 @@ def load_cifar10(run):
     except RuntimeError as error:                           # torchvision's word for missing or broken files
         raise UserError(f"no CIFAR-10 in {folder} ({error}): pass --download to fetch it (170 MB)") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).contiguous()
+    images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
 
@@ -1221,7 +1220,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad, file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
