@@ -4,17 +4,17 @@ A flow carries noise x0 to data x1 by the ODE dz = v(z, t) dt, t: 0 -> 1.  Recti
 
     draw x0 ~ noise, x1 ~ data, t ~ U[0, 1];   x_t = (1 - t) x0 + t x1;   minimise  E |x1 - x0 - v(x_t, t)|^2   [eq. 1]
 
-The best answer is v*(x, t) = E[x1 - x0 | x_t = x].  The training lines x_t cross; solutions of an ODE cannot, so where
-lines cross the flow bends, and one big Euler step along a bent path lands between the modes: on the mean of the data.
-Reflow trains again on the flow's own endpoints (z0, z1 = ODE[v](z0)).  These pairs hardly cross, so the second flow
-(2-RF) is nearly straight, and a single step of it is nearly exact.
+The best answer is v*(x, t) = E[x1 - x0 | x_t = x].  Training lines x_t meet; solutions of an ODE that are at the same
+place at the same time are one, so where lines meet the flow bends.  At t = 0 all data are still possible, so that
+v* = E[x1] - x0: one big Euler step lands on the mean of the data.  That is the first flow, 1-RF.  Reflow trains again
+on the flow's own endpoints (z0, z1 = ODE[v](z0)).  They hardly meet: 2-RF is nearly straight, one step nearly exact.
 
     python 01_rectified_flow.py                                # 1-RF, 2-RF, 3-RF on eight Gaussians, two minutes
     python 01_rectified_flow.py --target checkerboard          # or two_moons, gaussian
     python 01_rectified_flow.py --rounds 2 --seed 1 --out runs/mine
 
-You will see, in runs/01_rectified_flow/quick/: paths.png and flow.gif (the same noise under each flow, and after one
-Euler step of it), and a table: W2 to the data against steps, straightness, transport cost, loss and its exact floor.
+You will see a table, W2 to the data against steps, straightness, transport cost, loss and its exact floor, and in
+runs/01_rectified_flow/quick/ paths.png and flow.gif: the same noise under each flow, and after one Euler step of each.
 [Liu+22] Liu, Gong, Liu: Flow Straight and Fast, arXiv 2209.03003.
 """
 from __future__ import annotations
@@ -84,7 +84,7 @@ def make_pairs(velocity, x0, steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field is a flag, the comment beside it its help
+# Settings: every field is a flag, the comment beside it its help, the type its range (Count from 1, Whole from 0, ...)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +138,7 @@ def main(config):
             torch.manual_seed(seed_for(config.seed, k))
             z0, z1 = make_pairs(flow, torch.randn(config.pairs, 2, device=run.device), config.pair_steps)
             draw = partial(draw_stored, z0, z1)
+        # from the weights of the flow before; what comes back is the averaged network
         flow = run.fit(f"{k}-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=k)
         flows.append(flow)
     if run.rank == 0:
@@ -156,7 +157,10 @@ def draw_stored(z0, z1, n):
 
 
 def pair_loss(model, ema, step, draw, n):
-    """What training minimises: the loss (n,) of n pairs at uniform times.  draw: n -> x0 (n, *D), x1 (n, *D)."""
+    """What train() minimises: the loss (n,) of n pairs at uniform times.  draw: n -> x0 (n, *D), x1 (n, *D).
+
+    train() also passes the averaged network and the step, which this loss does not need.
+    """
     x0, x1 = draw(n)
     t = torch.rand(n, device=x0.device)
     return flow_matching_loss(model, x0, x1, t)
@@ -177,7 +181,7 @@ def report(flows, run):
         if not results and config.target in MIXTURES:
             result |= compare_with_exact(flow, x0, x1, config.target)
         results.append(result)
-        x1 = z1                                             # the pairs that the next round has learned
+        x1 = z1                                             # held-out pairs of the kind that the next round learned
     save_json(run.folder / "results.json", {"floor_W2": floor, "rounds": results})
     print_table(results, floor)
     draw_paths([copy.deepcopy(flow).cpu() for flow in flows], data.cpu(), run)
@@ -212,8 +216,8 @@ def integrate(velocity, x0, steps, method="euler"):
 def straightness(velocity, x0, steps=100):
     """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22].
 
-    x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B;
-    0 means that one Euler step is exact.
+    x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B:
+    0 if one Euler step is exact, the larger the more it errs.
     """
     path = integrate(velocity, x0, steps, "heun")
     deviation = path.diff(dim=0) * steps - (path[-1] - path[0])        # (steps, B, *D): mean slope of a step - chord
@@ -221,7 +225,7 @@ def straightness(velocity, x0, steps=100):
 
 
 def transport_cost(x0, x1):
-    """E |x1 - x0|^2, summed over D: how far the coupling carries mass.  x0, x1: (B, *D).  Reflow never raises it."""
+    """E |x1 - x0|^2, summed over D: how far a coupling carries mass; exact reflow never raises it.  x0, x1: (B, *D)."""
     return (x1 - x0).square().flatten(1).sum(1).mean().item()
 
 
@@ -239,8 +243,8 @@ def wasserstein2(a, b):
 def exact_velocity(x, t, target="eight_gaussians"):
     """v*(x, t) = E[x1 - x0 | x_t = x] in closed form, for x0 ~ N(0, I) and an independent Gaussian mixture x1.
 
-    With q^2 = (1 - t)^2 + t^2 s^2 and posterior weights r_k of the components, [by conditioning Gaussians]
-        v* = sum_k r_k [mu_k + (t s^2 - (1 - t)) / q^2 (x - t mu_k)].
+    With q^2 = (1 - t)^2 + t^2 s^2 and the components' weights r_k ~ exp(-|x - t mu_k|^2 / (2 q^2)), sum_k r_k = 1,
+        v* = sum_k r_k [mu_k + (t s^2 - (1 - t)) / q^2 (x - t mu_k)],   from the conditional mean of a Gaussian.
     x: (B, 2), t: (B,).  Returns (B, 2).  Raises KeyError for a target that is no mixture.
     """
     means, std = MIXTURES[target]
@@ -267,7 +271,7 @@ def evaluate(velocity, x0, x1, data):
     """The numbers of one round.  x0, x1: (n, 2) held-out pairs of the coupling it learned;  data: (m, 2), m <= n.
 
     V, the loss no velocity can go below, is estimated by the held-out loss, which is V + excess.  For v* itself
-    cost(before) - cost(after) = S + V exactly, so the gap between both sides tells how far v is from v*.
+    cost(before) - cost(after) = S + V exactly; a gap between both sides shows that v is not v*.
     Returns a dict of floats and lists, and z1 (n, 2), where the flow carries x0: the next round's held-out pairs.
     """
     bins = loss_by_time(velocity, x0, x1)
@@ -300,7 +304,7 @@ def print_table(results, floor):
         numbers = "".join(f"{w:8.3f}" for w in r["W2"].values())
         print(f"{k}-RF  {numbers} {r['S']:8.3f} {r['cost_after']:8.3f} {r['V']:8.3f} {r['identity_gap']:+12.3f}")
     first = results[0]
-    print("S straightness, cost E|z1-z0|^2, V irreducible loss (summed over 2 coordinates); cost before 1-RF: "
+    print("S straightness, cost E|z1-z0|^2, V held-out loss (summed over 2 coordinates); cost before 1-RF: "
           f"{first['cost_before']:.3f}, and cost before - cost after = S + V in theory")
     if "floor" in first:
         print(f"1-RF held-out loss per coordinate {first['V'] / 2:.4f}, exact floor {first['floor']:.4f}, "
@@ -385,7 +389,7 @@ class VelocityMLP(nn.Module):
 def draw_paths(flows, data, run):
     """Noise flowing to data, as lines in paths.png and in motion in flow.gif.  data: (m, 2), the background.
 
-    Above the lines of the training pairs and the paths of every flow, below one Euler step from the same noise.
+    Upper row: lines of the training pairs, paths of every flow.  Lower row: one Euler step from the same noise.
     """
     torch.manual_seed(run.config.seed)
     x0 = torch.randn(300, 2)
@@ -402,7 +406,7 @@ def draw_paths(flows, data, run):
 def draw_panels(paths, data, folder):
     """A panel for each of paths: name -> (frames, n, 2), from the same n start points; half of them in the upper row.
 
-    A colour is the direction of a start point: where colours cross, paths cross.
+    A colour is the direction of a start point.
     """
     from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation, PillowWriter
@@ -468,7 +472,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
-            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+            waiting = unsynced() if slices_left else contextlib.nullcontext()
+            with autocast, waiting:
                 loss = loss_fn(network, ema, step).mean() / config.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -492,10 +497,10 @@ def seed_for(*numbers):
 
 
 class EMA:
-    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+    """Averaged weights.  They sample better than the final ones.
 
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
+    a <- a + (1 - d)(w - a).  The decay d grows as (1 + step) / (10 + step) up to its final value: early averages forget
+    the random start.  ema.model is the averaged network; ema(x, t) evaluates it.
     """
 
     def __init__(self, model, decay):
@@ -513,12 +518,12 @@ class EMA:
 
 
 def make_optimizer(model, config):
-    """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
+    """AdamW in one kernel, without weight decay (then it is Adam): averaging regularises enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
@@ -541,7 +546,7 @@ def compile_network(model, config):
     if config.compile and next(model.parameters()).device.type == "cuda":
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+            inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
 
 

@@ -4,14 +4,14 @@ The loss is chapter 1's.  New are the sizes: the velocity is a U-Net, and reflow
     1-RF   learn v on x_t = (1 - t) x0 + t x1 with noise x0 and pictures x1 drawn apart                [Liu+22 eq. 1]
     pairs  (z0, z1 = ODE[v](z0)) by the averaged network, stored in shards; z0 is not stored but recomputed
     2-RF   the same loss on the pairs, from 1-RF's weights: nearly straight, so one Euler step draws a picture
-One step of 1-RF gives the mean of the data, a grey blur; one step of 2-RF gives what 1-RF needs many steps for.
+One step of 1-RF gives the mean picture of a class, a grey blur; one step of 2-RF gives a picture already.
 
     python 02_reflow.py                                        # procedural shapes, offline, minutes on a laptop
-    python 02_reflow.py --data photos/ --image-size 32         # your own images, in class sub-folders
+    python 02_reflow.py --data photos/ --image-size 32 --attention 8             # your own images, a folder a class
     torchrun --nproc-per-node 8 02_reflow.py --preset paper --download --fid     # CIFAR-10 as in the paper
 
 You will see, in runs/02_reflow/quick/: samples.png (the same noises after 1, 2, 4, 8 and many steps, 1-RF above 2-RF),
-straightness.png (where along t the paths bend), and a table of Frechet distances against the number of steps.
+straightness.png (how far from their chords the paths run), and a table of Frechet distances against steps.
 [Liu+22] Liu, Gong, Liu: Flow Straight and Fast, arXiv 2209.03003.  [Song+21] Score-Based Generative Modeling through
 SDEs, arXiv 2011.13456 (the network).  [Karras+22] Elucidating the Design Space, arXiv 2206.00364 (its scaling).
 """
@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 # Differs from 01_rectified_flow.py: pictures from memory, half of them mirrored, in place of a sampler
 def draw_independent(images, labels, n):
-    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None."""
+    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: uint8 (N, C, H, W);  labels: (N,) or None."""
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
     # mirroring doubles the data; on reflow's pairs it would tear z1 from its z0
@@ -67,11 +67,11 @@ def draw_independent(images, labels, n):
     return torch.randn_like(x1), x1, None if labels is None else labels[index]
 
 
-# Differs from 01_rectified_flow.py: a pair has a number, which tells its noise and its class
+# Differs from 01_rectified_flow.py: a pair has an index, which fixes its noise and its class
 def make_pairs(velocity, seed, index, config):
-    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these numbers.  index: (B,).
+    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these indices (B,).
 
-    z0 is a function of seed and number: nobody has to store it, and every process can have it again.
+    z0 is a function of seed and index: nobody has to store it, and every process can compute it again.
     """
     z0 = pair_noise(seed, index, velocity.shape)
     return z0, sample(velocity, z0, index, config.pair_steps, config.pair_solver)
@@ -79,7 +79,10 @@ def make_pairs(velocity, seed, index, config):
 
 # Differs from 01_rectified_flow.py: z1 was stored, z0 is made again
 def draw_stored(z1, seed, classes, n):
-    """A reflow round's coupling: one number picks both ends.  z1: bytes (N, C, H, W) of make_pairs with this seed."""
+    """A reflow round's coupling: one index picks both ends.  z1: uint8 (N, C, H, W) of make_pairs with this seed.
+
+    Pair i was made with the label i % classes.
+    """
     index = torch.randint(len(z1), (n,), device=z1.device)
     x0 = pair_noise(seed, index, z1.shape[1:])
     return x0, to_floats(z1[index]), index % classes if classes else None
@@ -89,11 +92,12 @@ def draw_stored(z1, seed, classes, n):
 def pair_loss(model, ema, step, draw, n):
     """|x1 - x0 - v(x_t, t)|^2 at x_t = (1 - t) x0 + t x1, t ~ U[0, 1] [Liu+22 eq. 1].  Returns (n,).
 
-    The loss of every round: rounds differ in draw alone, which is n -> x0, x1 (n, C, H, W), labels (n,) or None.
+    The loss of every round; only draw is another: n -> x0, x1 (n, C, H, W), labels (n,) or None.
     """
     x0, x1, labels = draw(n)
     t = torch.rand(n, device=x0.device)
-    return flow_matching_loss(partial(model, labels=labels), x0, x1, t)
+    v = model(interpolate(x0, x1, t), t, labels)
+    return (v - (x1 - x0)).square().flatten(1).mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,10 +152,11 @@ class Config:
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999,
             pairs=50000, pair_steps=18, shard=500, eval_size=10000, digits=4, log_every=500),
-        "paper": dict(                                      # [Liu+22] appendix: DDPM++, pairs by rk45, constant rate
+        "paper": dict(                                      # [Liu+22] appendix: pairs by rk45 (its 1-RF: EMA 0.999999)
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
-            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", shard=1000, eval_size=50000, digits=5, log_every=500),
+            ema_decay=0.9999, pairs=4000000, pair_solver="rk45", pair_steps=5, shard=1000, eval_size=50000,
+            digits=5, log_every=500),
     }
 
 
@@ -165,7 +170,7 @@ def main(config):
     """Algorithm 1 of [Liu+22] on images: fit a flow to noise and data; then, again, to the flow's own endpoints."""
     run = Run(config, __file__)
     images, labels, names = load_data(run)
-    features, label = choose_features(run)
+    features, distance = choose_features(run)
     classes = len(names) if config.conditional else 0
     torch.manual_seed(seed_for(config.seed, 0))                                 # the start weights
     flow = Flow(config, images.shape[1], classes)
@@ -178,14 +183,15 @@ def main(config):
     for k in range(2, config.rounds + 1):                                       # reflow
         write_pairs(run, f"{k}-rf", Velocity(flow, config), stream=k)
         draw = partial(draw_stored, load_pairs(run, f"{k}-rf"), seed_for(config.seed, k), classes)
-        flow = run.fit(f"{k}-rf", flow, partial(pair_loss, draw=draw, n=run.share), k, steps=config.reflow_steps)
+        loss = partial(pair_loss, draw=draw, n=run.share)
+        flow = run.fit(f"{k}-rf", flow, loss, stream=k, steps=config.reflow_steps)
         flows.append(flow)
     if run.rank == 0:
-        report(flows, images, features, label, run)
+        report(flows, images, features, distance, run)
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file."""
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
@@ -194,7 +200,7 @@ def write_pairs(run, name, velocity, stream):
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
         z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
-        if not z1.isfinite().all():                         # as bytes nobody would notice
+        if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
         if STOP:
@@ -203,7 +209,7 @@ def write_pairs(run, name, velocity, stream):
 
 
 def load_pairs(run, name):
-    """All z1 that write_pairs stored, in order: bytes (N, C, H, W) on the device."""
+    """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
     count = math.ceil(run.config.pairs / run.config.shard)
     paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
     return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
@@ -228,7 +234,7 @@ def load_flow(path, run, channels, classes):
 
 
 # Differs from 01_rectified_flow.py: Frechet distances in place of W2
-def report(flows, images, features, label, run):
+def report(flows, images, features, distance, run):
     """Measure every round from the same noises, print the table, draw the figures."""
     real = feature_moments(images, features, run.device)
     results = []
@@ -237,8 +243,8 @@ def report(flows, images, features, label, run):
         result, pictures = evaluate(Velocity(flow, run.config), real, features, run)
         results.append(result)
         strips |= {f"{k}-RF, {name}": row for name, row in pictures.items()}
-    save_json(run.folder / "results.json", {"distance": label, "samples": run.config.eval_size, "rounds": results})
-    print_table(results, label)
+    save_json(run.folder / "results.json", {"distance": distance, "samples": run.config.eval_size, "rounds": results})
+    print_table(results, distance)
     draw_samples(strips, run.folder / "samples.png")
     draw_straightness(results, run.folder / "straightness.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
@@ -262,9 +268,9 @@ def evaluate(velocity, real, features, run):
 
 
 # Differs from 01_rectified_flow.py: Frechet distances in place of W2
-def print_table(results, label):
+def print_table(results, distance):
     """The numbers of all rounds, a line each, and how to read them."""
-    print(f"\n{label} after N Euler steps, or by rk45 with its evaluations; S straightness (0: one step is exact)")
+    print(f"\n{distance} after N Euler steps, or by rk45 with its evaluations; S straightness (0: one step is exact)")
     print("      " + "".join(f"{name:>10}" for name in results[0]["FD"]) + "      NFE         S")
     for k, r in enumerate(results, 1):
         numbers = "".join(f"{fd:10.3f}" for fd in r["FD"].values())
@@ -382,7 +388,7 @@ def frechet_from_moments(mean_a, cov_a, mean_b, cov_b):
 
 
 def frechet_distance(features_a, features_b):
-    """Frechet distance of Gaussians fitted to features (N, F) and (M, F).  Biased upwards: compare at equal N and M."""
+    """Frechet distance of Gaussians fitted to features (N, F) and (M, F).  Biased upwards: mind N and M."""
     if features_a.shape[1:] != features_b.shape[1:]:
         raise ValueError(f"feature sizes differ: {tuple(features_a.shape)} and {tuple(features_b.shape)}")
     return frechet_from_moments(*moments(features_a), *moments(features_b))
@@ -418,7 +424,8 @@ def inception_features(run):
     run.wait()
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
-    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
+    network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
+    return partial(call_inception, network)
 
 
 @torch.no_grad()
@@ -433,7 +440,7 @@ def call_inception(network, images):
 
 
 def pair_noise(seed, index, shape):
-    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
+    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise can be computed again.
 
     splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
     """
@@ -457,7 +464,7 @@ def to_bytes(images):
 
 
 def to_device(images, device):
-    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
+    """The whole set as uint8 on the device, on CUDA in the network's layout; indexing keeps both."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return images.to(device).contiguous(memory_format=layout)
 
@@ -480,7 +487,7 @@ def shape_distances(x, y, r):
 
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
-    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: picture i is free of n
+    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     kind = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
@@ -541,7 +548,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
@@ -590,8 +597,8 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
 
         v = (s^2 t - (1 - t)) / D x_t + s / sqrt(D) F(x_t / sqrt(D), ln(sigma) / 4),   D = (1 - t)^2 + s^2 t^2
 
-    where sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for data ~ N(0, s^2);
-    at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
+    where s = sigma_data and sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for
+    data ~ N(0, s^2); at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
     network: (x, noise_label (B,)) -> (B, *D);  xt: (B, *D);  t: (B,) in [0, 1].
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
@@ -621,7 +628,9 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention."""
+    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention.
+
+    Left out of the formula: dropout before conv1, and resampling of h and x."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
@@ -656,7 +665,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; as is: CIFAR-10."""
+    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
@@ -707,7 +716,7 @@ class UNet(nn.Module):
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
                 labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
-            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # variance one per entry
+            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
@@ -719,7 +728,7 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
-        *blocks, (_, norm), (_, head) = self.dec.items()
+        *blocks, (_, norm), (_, head) = self.dec.items()        # the last two are aux_norm and aux_conv
         for name, block in blocks:
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         return head(F.silu(norm(x)))
@@ -775,18 +784,6 @@ def per_sample(t, x):
     return t.reshape(t.shape + (1,) * (x.dim() - 1))
 
 
-def flow_matching_loss(velocity, x0, x1, t):
-    """|x1 - x0 - v(x_t, t)|^2 per sample, mean over D [Liu+22 eq. 1].
-
-    velocity: (x (B, *D), t (B,)) -> (B, *D);  x0: (B, *D) noise;  x1: (B, *D) data, paired with x0.  Returns (B,).
-    Raises ValueError if the pairs do not match in shape.
-    """
-    if x0.shape != x1.shape or t.shape != x0.shape[:1]:
-        raise ValueError(f"want (B, *D) twice and (B,), got {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(t.shape)}")
-    xt = interpolate(x0, x1, t)
-    return (velocity(xt, t) - (x1 - x0)).square().flatten(1).mean(1)
-
-
 @torch.no_grad()
 def integrate(velocity, x0, steps, method="euler"):
     """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - t).
@@ -834,7 +831,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
-            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+            waiting = unsynced() if slices_left else contextlib.nullcontext()
+            with autocast, waiting:
                 loss = loss_fn(network, ema, step).mean() / config.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -858,10 +856,10 @@ def seed_for(*numbers):
 
 
 class EMA:
-    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+    """Averaged weights.  They sample better than the final ones.
 
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
+    a <- a + (1 - d)(w - a).  The decay d grows as (1 + step) / (10 + step) up to its final value: early averages forget
+    the random start.  ema.model is the averaged network; ema(x, t) evaluates it.
     """
 
     def __init__(self, model, decay):
@@ -879,12 +877,12 @@ class EMA:
 
 
 def make_optimizer(model, config):
-    """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
+    """AdamW in one kernel, without weight decay (then it is Adam): averaging regularises enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
@@ -907,7 +905,7 @@ def compile_network(model, config):
     if config.compile and next(model.parameters()).device.type == "cuda":
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+            inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
 
 

@@ -545,7 +545,7 @@ def remade(folder, run):
 def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, here, monkeypatch):
     folder = copy_run(finished, here)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for name in ("flow_matching_loss", "make_pairs"):
+    for name in ("learning_rate", "make_pairs"):
         monkeypatch.setattr(chapter, name, None)
     code, out, err = run(*TINY)
     assert code == 0, err
