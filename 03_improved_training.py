@@ -1,11 +1,11 @@
 """Chapter 3 - improved training (2-rectified flow++): why is one reflow enough?
 
-Reflow's pairs hardly cross, so the best velocity at x_t is the pair's own x1 - x0, whatever sensible distance it is
-measured by.  That frees three choices which chapter 2 took from 1-RF, and [Lee+24] makes all three differently:
+Reflow's pairs hardly cross, so at x_t there is one target only, the pair's own x1 - x0, and every sensible distance is
+least there.  That frees three choices which chapter 2 took from 1-RF, and [Lee+24] makes all three differently:
     when       t is drawn where 2-RF errs, near both ends: p(t) ~ cosh(a (t - 1/2)), a = 4                [section 4]
     how far    not |.|^2 but LPIPS-Huber: a robust distance of velocities plus a perceptual one of pictures     [4.2]
                t huber(v, x1 - x0) + LPIPS(x1, x1_hat) / (1 - t),   x1_hat = x_t + (1 - t) v
-    from whom  pairs and start weights come from a diffusion teacher, which is a velocity in disguise           [4.3]
+    from whom  pairs and start weights may come from a diffusion model: denoiser D, v = (D - x_t) / (1 - t)  [4.3]
 Real pictures can join, inverted to noise [4.4]; in few steps a new rule beats Euler's [5.3].  (The paper's t is 1 - t.)
 
     python 03_improved_training.py                             # teacher, pairs, baseline A and 2-RF++ F, on shapes
@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 
 def u_shaped_times(n, a=4.0, device=None):
-    """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
 
     By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  (The e^{au} + e^{-au} printed in the
     paper is not symmetric; its code is.)
@@ -76,7 +76,7 @@ def pseudo_huber(v, target):
     """(sqrt(|v - target|^2 + c^2) - c) / d with c = 0.00054 d, d entries a sample [Lee+24 section 4.2].
 
     v, target: (B, *D), the norm is over all of D.  Returns (B,).  Quadratic below |.| = c, then linear: a few pairs
-    that still cross cannot shout down the rest.  The 1/d, in the authors' code only, sets the balance with LPIPS.
+    that still cross cannot dominate the loss.  The 1/d, in the authors' code only, sets the balance with LPIPS.
     """
     d = v[0].numel()
     c = 0.00054 * d
@@ -99,7 +99,28 @@ def lpips_huber_divided(v, x0, x1, t, perceptual):
     return t * pseudo_huber(v, x1 - x0) + 1 / (1 - t).clamp(min=1e-5) * perceptual(x1, x1_hat)
 
 
-# Differs from 02_reflow.py: a recipe, one row of LADDER below, says when to look and how to measure
+def squared_distance(v, x0, x1, t, perceptual=None):
+    """A to C: |v - (x1 - x0)|^2 as for 1-RF, mean over pixels.  Returns (n,)."""
+    return (v - (x1 - x0)).square().flatten(1).mean(1)
+
+
+def huber_distance(v, x0, x1, t, perceptual=None):
+    """D: the robust distance of velocities alone.  Returns (n,)."""
+    return pseudo_huber(v, x1 - x0)
+
+
+LADDER = {      # the paper's configurations, each adding to the one before: when to look, how to measure
+    "A": (torch.rand, squared_distance),                        # Liu et al.'s 2-RF, chapter 2
+    "B": (torch.rand, squared_distance),                        # at a larger batch; in the paper a better teacher, too
+    "C": (u_shaped_times, squared_distance),
+    "D": (u_shaped_times, huber_distance),
+    "E": (u_shaped_times, lpips_huber),
+    "F": (u_shaped_times, lpips_huber_divided),
+    "G": (u_shaped_times, lpips_huber_divided),                 # F, then some steps on real pictures
+}
+
+
+# Differs from 02_reflow.py: a recipe, one row of LADDER, says when to look and how to measure
 def pair_loss(model, ema, step, draw, recipe):
     """The loss of every network.  draw: () -> x0, x1 (n, C, H, W), labels;  recipe: times, distance.  Returns (n,)."""
     times, distance = recipe
@@ -128,7 +149,7 @@ def few_step_sample(velocity, x0, times, rule="new"):
 def invert(velocity, x1, steps, method="euler", noise=0.0):
     """The noise z0 that the flow carries to x1 (B, *D): its ODE solved back from t = 1 - noise [Lee+24 section 4.4].
 
-    A picture holds no trace of its noise, a flat one least of all; so a little is mixed in first (the authors: 0.001).
+    Near t = 1 the flow has met pictures with a trace of noise only, so a little is mixed in first (the authors: 0.001).
     """
     start = 1 - noise
     xt = interpolate(torch.randn_like(x1), x1, x1.new_full(x1.shape[:1], start))
@@ -138,27 +159,6 @@ def invert(velocity, x1, steps, method="euler", noise=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: every field is a flag, the comment beside it its help
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def squared_distance(v, x0, x1, t, perceptual=None):
-    """A to C: |v - (x1 - x0)|^2 as for 1-RF, mean over pixels.  Returns (n,)."""
-    return (v - (x1 - x0)).square().flatten(1).mean(1)
-
-
-def huber_distance(v, x0, x1, t, perceptual=None):
-    """D: the robust distance of velocities alone.  Returns (n,)."""
-    return pseudo_huber(v, x1 - x0)
-
-
-LADDER = {      # the paper's configurations, each adding to the one before: when to look, how to measure
-    "A": (torch.rand, squared_distance),                        # Liu et al.'s 2-RF, chapter 2
-    "B": (torch.rand, squared_distance),                        # at a larger batch; in the paper a better teacher, too
-    "C": (u_shaped_times, squared_distance),
-    "D": (u_shaped_times, huber_distance),
-    "E": (u_shaped_times, lpips_huber),
-    "F": (u_shaped_times, lpips_huber_divided),
-    "G": (u_shaped_times, lpips_huber_divided),                   # F, then some steps on real pictures
-}
 
 
 # Differs from 02_reflow.py: configurations A to G, LPIPS, real pairs, a teacher that may be a diffusion model
@@ -190,7 +190,7 @@ class Config:
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
     pairs: Count = 3072                                     # pairs (z0, z1) made by the teacher
     pair_solver: Literal["edm", "euler", "heun"] = "heun"   # edm: EDM's sampler; the others follow the flow's own ODE
-    pair_steps: Count = 5                                   # its steps (heun: 2 evaluations each; edm: one less in all)
+    pair_steps: Count = 5                                   # its steps (evaluations: heun 2 a step, edm one less)
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
     mult: Annotated[tuple, 1, 64] = (1, 1, 1)               # width of each level, in multiples of channels
@@ -274,7 +274,7 @@ def choose_recipes(run):
 
 
 def find_teacher(data, run):
-    """The network in --teacher, or chapter 2's 1-RF: row A of the ladder with noise and pictures drawn apart."""
+    """The network in --teacher, or a 1-RF trained here: row A's loss on noise and pictures drawn apart."""
     images, labels, class_names = data
     path = run.config.teacher
     if path:
@@ -303,8 +303,8 @@ def train_students(name, recipe, starts, draw, run):
 def report(flows, draw, features, data, run):
     """Measure every network with the same noises and pictures, print the table, draw the figures."""
     images, labels, class_names = data
-    network, label = features
-    real = network, feature_moments(images, network, run.device)
+    feature_network, distance = features
+    real = feature_network, feature_moments(images, feature_network, run.device)
     few = to_floats(images[:200]), labels if labels is None else labels[:200]
     index = torch.arange(min(12, run.config.eval_size), device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, images.shape[1:])
@@ -315,10 +315,10 @@ def report(flows, draw, features, data, run):
         results[name] = [evaluate(velocity, draw, real, few, run) for velocity in velocities[name]]
         for steps in (1, 2, 20):
             strips[f"{name}, N = {steps}"] = sample(velocities[name][0], noise, index, steps).cpu()
-    save_json(run.folder / "results.json", {"distance": label, "configurations": results})
-    print_table(results, label, run)
+    save_json(run.folder / "results.json", {"distance": distance, "configurations": results})
+    print_table(results, distance, run)
     draw_samples(strips, run.folder / "samples.png")
-    best = min(results, key=lambda name: results[name][0]["mse"]["8"])      # the others could not edit either
+    best = min(results, key=lambda name: results[name][0]["mse"]["8"])      # who reconstructs best edits best
     draw_samples(edit(velocities[best][0], *few, class_names, run), run.folder / "editing.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
 
@@ -330,9 +330,9 @@ def report(flows, draw, features, data, run):
 
 # Differs from 02_reflow.py: EDM's sampler and the new update rule in place of rk45
 def sample(velocity, z0, index, steps, method="euler"):
-    """Where the flow carries z0 (B, C, H, W), the noise of the pairs with these numbers."""
+    """Where the flow carries z0 (B, C, H, W) of the pairs of these indices; pair i has label i % classes."""
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
-    if method == "edm":                                     # the same ODE in other coordinates, mostly near the data
+    if method == "edm":                                     # the same ODE in (y, sigma), most steps near the data
         return edm_sample(flow, z0, steps)
     if method == "new":
         return few_step_sample(flow, z0, [i / steps for i in range(steps)])
@@ -364,18 +364,18 @@ def denoise(velocity, y, sigma):
 # Differs from 02_reflow.py: few steps, by Euler and the new rule (up to two they are the same); inversion
 def evaluate(velocity, draw, real, few, run):
     """Every number of one network.  real: feature network, moments of the data;  few: pictures and labels to invert."""
-    features, moments_of_data = real
+    feature_network, moments_of_data = real
     row = {"FD": {}, "mse": {}}
     for name, steps, method in [("1", 1, "euler"), ("2", 2, "euler"), ("4", 4, "euler"), ("4 new", 4, "new")]:
         images, _ = generate(velocity, run, steps, method)
-        row["FD"][name] = frechet_from_moments(*feature_moments(images, features, run.device), *moments_of_data)
+        row["FD"][name] = frechet_from_moments(*feature_moments(images, feature_network, run.device), *moments_of_data)
     index = torch.arange(min(256, run.config.eval_size), device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
-    labels = index % velocity.classes if velocity.classes else None
-    row["S"] = straightness(partial(velocity, labels=labels), noise, 10)
+    noise_labels = index % velocity.classes if velocity.classes else None
+    row["S"] = straightness(partial(velocity, labels=noise_labels), noise, 10)
     torch.manual_seed(run.config.seed)
-    x0, x1, labels = draw(500)
-    row["error_by_t"] = loss_by_time(partial(velocity, labels=labels), x0, x1, bins=5).tolist()
+    x0, x1, pair_labels = draw(500)
+    row["error_by_t"] = loss_by_time(partial(velocity, labels=pair_labels), x0, x1, bins=5).tolist()
     torch.manual_seed(seed_for(run.config.seed, 4))         # every network inverts the same slightly noisy pictures
     pictures, labels = few
     flow = partial(velocity, labels=labels)
@@ -427,9 +427,9 @@ def slerp(z, w, share):
 
 
 # Differs from 02_reflow.py: a row per configuration, mean and spread over seeds; inversion
-def print_table(results, label, run):
+def print_table(results, distance, run):
     """Mean over seeds of every number, with the standard deviation of the one-step distance."""
-    print(f"\n{label}, after N Euler steps (or the new rule's); S straightness; velocity error in bins of t;\n"
+    print(f"\n{distance}, after N Euler steps (or the new rule's); S straightness; velocity error in bins of t;\n"
           "inversion: squared error of real pictures after 8 steps to their noise z and 8 back, and |z|^2")
     print("                 N=1      N=2      N=4  N=4 new    +-(N=1)        S  error by t" + 28 * " " + "8+8    |z|^2")
     for name, rows in results.items():
@@ -477,7 +477,7 @@ def load_lpips(net, weights):
             own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
             network.net.load_state_dict(own)
         return network
-    except Exception as error:                              # no network, half a download, no such file, ...
+    except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
 
@@ -505,7 +505,7 @@ class InertUnpickler(pickle.Unpickler):
 
 
 def load_edm(path, run, channels, classes):
-    """The network `ema` in one of NVIDIA's edm-*-vp.pkl files as a Flow, whose names are the same.  Runs nothing."""
+    """The network `ema` in one of NVIDIA's edm-*-vp.pkl files as a Flow: the same names, the same scaling as D."""
     flow = Flow(run.config, channels, classes)
     try:
         tensors = InertUnpickler(io.BytesIO(Path(path).read_bytes())).load()["ema"].state_dict()
@@ -568,8 +568,8 @@ def integrate(velocity, x0, steps, method="euler"):
 def straightness(velocity, x0, steps=100):
     """How far paths are from straight lines: S = E int_0^1 |(z1 - z0) - v(z_t, t)|^2 dt  [Liu+22].
 
-    x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B;
-    0 means that one Euler step is exact.
+    x0: (B, *D) noise;  steps: Heun steps of the path.  Returns squared data units, summed over D, mean over B:
+    0 if one Euler step is exact, the larger the more it errs.
     """
     path = integrate(velocity, x0, steps, "heun")
     deviation = path.diff(dim=0) * steps - (path[-1] - path[0])        # (steps, B, *D): mean slope of a step - chord
@@ -613,7 +613,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
-            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+            waiting = unsynced() if slices_left else contextlib.nullcontext()
+            with autocast, waiting:
                 loss = loss_fn(network, ema, step).mean() / config.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -637,10 +638,10 @@ def seed_for(*numbers):
 
 
 class EMA:
-    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+    """Averaged weights.  They sample better than the final ones.
 
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
+    a <- a + (1 - d)(w - a).  The decay d grows as (1 + step) / (10 + step) up to its final value: early averages forget
+    the random start.  ema.model is the averaged network; ema(x, t) evaluates it.
     """
 
     def __init__(self, model, decay):
@@ -658,12 +659,12 @@ class EMA:
 
 
 def make_optimizer(model, config):
-    """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
+    """AdamW in one kernel, without weight decay (then it is Adam): averaging regularises enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
@@ -686,7 +687,7 @@ def compile_network(model, config):
     if config.compile and next(model.parameters()).device.type == "cuda":
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+            inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
 
 
@@ -928,7 +929,7 @@ def launch(main, Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def draw_independent(images, labels, n):
-    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None."""
+    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: uint8 (N, C, H, W);  labels: (N,) or None."""
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
     # mirroring doubles the data; on reflow's pairs it would tear z1 from its z0
@@ -937,23 +938,26 @@ def draw_independent(images, labels, n):
 
 
 def make_pairs(velocity, seed, index, config):
-    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these numbers.  index: (B,).
+    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these indices (B,).
 
-    z0 is a function of seed and number: nobody has to store it, and every process can have it again.
+    z0 is a function of seed and index: nobody has to store it, and every process can compute it again.
     """
     z0 = pair_noise(seed, index, velocity.shape)
     return z0, sample(velocity, z0, index, config.pair_steps, config.pair_solver)
 
 
 def draw_stored(z1, seed, classes, n):
-    """A reflow round's coupling: one number picks both ends.  z1: bytes (N, C, H, W) of make_pairs with this seed."""
+    """A reflow round's coupling: one index picks both ends.  z1: uint8 (N, C, H, W) of make_pairs with this seed.
+
+    Pair i was made with the label i % classes.
+    """
     index = torch.randint(len(z1), (n,), device=z1.device)
     x0 = pair_noise(seed, index, z1.shape[1:])
     return x0, to_floats(z1[index]), index % classes if classes else None
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file."""
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
@@ -962,7 +966,7 @@ def write_pairs(run, name, velocity, stream):
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
         z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
-        if not z1.isfinite().all():                         # as bytes nobody would notice
+        if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
         if STOP:
@@ -971,7 +975,7 @@ def write_pairs(run, name, velocity, stream):
 
 
 def load_pairs(run, name):
-    """All z1 that write_pairs stored, in order: bytes (N, C, H, W) on the device."""
+    """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
     count = math.ceil(run.config.pairs / run.config.shard)
     paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
     return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
@@ -1102,7 +1106,8 @@ def inception_features(run):
     run.wait()
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
-    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
+    network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
+    return partial(call_inception, network)
 
 
 @torch.no_grad()
@@ -1112,7 +1117,7 @@ def call_inception(network, images):
 
 
 def pair_noise(seed, index, shape):
-    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
+    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise can be computed again.
 
     splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
     """
@@ -1136,7 +1141,7 @@ def to_bytes(images):
 
 
 def to_device(images, device):
-    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
+    """The whole set as uint8 on the device, on CUDA in the network's layout; indexing keeps both."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return images.to(device).contiguous(memory_format=layout)
 
@@ -1159,7 +1164,7 @@ def shape_distances(x, y, r):
 
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
-    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: picture i is free of n
+    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     kind = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
@@ -1220,7 +1225,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
@@ -1264,8 +1269,8 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
 
         v = (s^2 t - (1 - t)) / D x_t + s / sqrt(D) F(x_t / sqrt(D), ln(sigma) / 4),   D = (1 - t)^2 + s^2 t^2
 
-    where sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for data ~ N(0, s^2);
-    at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
+    where s = sigma_data and sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for
+    data ~ N(0, s^2); at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
     network: (x, noise_label (B,)) -> (B, *D);  xt: (B, *D);  t: (B,) in [0, 1].
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
@@ -1295,7 +1300,9 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention."""
+    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention.
+
+    Left out of the formula: dropout before conv1, and resampling of h and x."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
@@ -1330,7 +1337,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; as is: CIFAR-10."""
+    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
@@ -1381,7 +1388,7 @@ class UNet(nn.Module):
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
                 labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
-            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # variance one per entry
+            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
@@ -1393,7 +1400,7 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
-        *blocks, (_, norm), (_, head) = self.dec.items()
+        *blocks, (_, norm), (_, head) = self.dec.items()        # the last two are aux_norm and aux_conv
         for name, block in blocks:
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         return head(F.silu(norm(x)))
