@@ -841,7 +841,7 @@ def open_sampler(run, texts, few):
     for item in filter(None, config.lora):
         path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
-    prepare(pipe, run.device, (config.size * 2)[:2])
+    prepare(pipe, run.device, config.size * 2 if len(config.size) == 1 else config.size)
     compile_network(pipe.unet, config)
     prompts = Prompts(pipe, texts, config.negative, few)
     return Sampler(pipe, prompts, pipe.unet, config.solver, config.steps, config.guidance)
@@ -1032,7 +1032,7 @@ class Public(nn.Module):
 def arguments(network, config):
     """The arguments of a network that a public config names.  UserError for no sense, such as 10^12 layers."""
     wanted = inspect.signature(network).parameters
-    found = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted}
+    found = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted and value is not None}
     for name, value in found.items():
         if isinstance(value, (int, float)):
             possible = value is not True and 0 < value <= (100 if name == "layers" else 2 ** 20)
@@ -1453,7 +1453,8 @@ def load_safetensors(path):
             begin, stop = entry["data_offsets"]
             dtype = DTYPES[entry["dtype"]]
             require(begin == end <= stop, f"{name} does not begin where the tensor before it ends")
-            require(math.prod(entry["shape"]) * dtype.itemsize == stop - begin, f"{name} is of another size")
+            fills = math.prod(entry["shape"]) * dtype.itemsize == stop - begin and len(entry["shape"]) <= 64
+            require(fills, f"{name} is of another size")
             view = data[begin:stop]
             view = view.clone() if view.storage_offset() % dtype.itemsize else view          # at an odd byte
             header[name] = view.view(dtype).reshape(entry["shape"])
@@ -1613,7 +1614,8 @@ def prepare(pipe, device, sides):
     require(all(sides) or isinstance(trained, int) and 0 < trained <= 1024,
             f"the model says sample_size = {trained!r}, which is no side: give --size")
     sides = [side or trained * factor for side in sides]
-    require(all(side % factor == 0 for side in sides), f"--size {sides}: the sides must be divisible by {factor}")
+    good = len(sides) == 2 and all(side % factor == 0 for side in sides)
+    require(good, f"--size {' '.join(map(str, sides))} wants one or two numbers that are divisible by {factor}")
     pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
 
 
@@ -1706,7 +1708,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
-            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+            waiting = unsynced() if slices_left else contextlib.nullcontext()
+            with autocast, waiting:
                 loss = loss_fn(network, ema, step).mean() / config.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -1730,10 +1733,10 @@ def seed_for(*numbers):
 
 
 class EMA:
-    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+    """Averaged weights.  They sample better than the final ones.
 
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
+    a <- a + (1 - d)(w - a).  The decay d grows as (1 + step) / (10 + step) up to its final value: early averages forget
+    the random start.  ema.model is the averaged network; ema(x, t) evaluates it.
     """
 
     def __init__(self, model, decay):
@@ -1751,12 +1754,12 @@ class EMA:
 
 
 def make_optimizer(model, config):
-    """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
+    """AdamW in one kernel, without weight decay (then it is Adam): averaging regularises enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
@@ -1779,7 +1782,7 @@ def compile_network(model, config):
     if config.compile and next(model.parameters()).device.type == "cuda":
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+            inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
 
 
@@ -2097,7 +2100,8 @@ def inception_features(run):
     run.wait()
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
-    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
+    network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
+    return partial(call_inception, network)
 
 
 @torch.no_grad()
@@ -2107,7 +2111,7 @@ def call_inception(network, images):
 
 
 def pair_noise(seed, index, shape):
-    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
+    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise can be computed again.
 
     splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
     """
@@ -2148,7 +2152,7 @@ def shape_distances(x, y, r):
 
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
-    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: picture i is free of n
+    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     kind = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
@@ -2184,7 +2188,7 @@ def tile(images):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def u_shaped_times(n, a=4.0, device=None):
-    """n times with density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
 
     By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  (The e^{au} + e^{-au} printed in the
     paper is not symmetric; its code is.)
@@ -2222,7 +2226,7 @@ def load_lpips(net, weights):
             own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
             network.net.load_state_dict(own)
         return network
-    except Exception as error:                              # no network, half a download, no such file, ...
+    except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
 

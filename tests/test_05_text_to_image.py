@@ -5,7 +5,6 @@ the chapter does without them.
 """
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,14 +26,13 @@ from torch import nn
 NAME = "05_text_to_image"
 chapter = load(NAME)
 TINY = ("--data-size 64 --vae-steps 4 --steps 4 --reflow-steps 4 --distill-steps 4 2 --pairs 12 --shard 8 "
-        "--eval-size 16 --solver-steps 3 --distill-solver-steps 2 --vae-channels 4 4 --channels 4 8 --heads 2 "
-        "--text-width 8 --batch 4 --reflow-batch 4 --distill-batch 4 4 --image-size 16 --log-every 2 "
-        "--checkpoint-every 2 --device cpu").split()
+        "--eval-size 16 --solver-steps 3 --distill-solver-steps 2 --vae-channels 4 4 --channels 8 8 --heads 2 "
+        "--batch 4 --vae-batch 4 --reflow-batch 4 --distill-batch 4 4 --image-size 16 --log-every 2 "
+        "--device cpu").split()
 NETWORKS = {"teacher", "2-rf-0", "distilled-0", "direct-0", "longer-0"}
 STAGES = ["vae", "teacher", "2-rf-0.1", "distilled-0.1", "distilled-0.2", "direct-0.1", "direct-0.2",
           "longer-0.1", "longer-0.2"]
-here, run, finished = fixtures(NAME, TINY, figures=("draw_grid", "draw_quality"))
-CPU = torch.device("cpu")
+here, run, finished = fixtures(NAME, TINY, figures=("draw_grid",))
 close = partial(torch.testing.assert_close, rtol=0)
 
 
@@ -91,7 +90,7 @@ def test_the_network_reads_the_papers_clock(steps, clock):
         seen.append(timestep.tolist())
         return constant
     x0, (text, null) = torch.randn(3, 2, 4, 4), texts(3)
-    x1 = chapter.carry(unet, x0, text, null, "euler", steps)
+    x1 = chapter.Sampler(None, SimpleNamespace(null=null), unet, "euler", steps)(x0, text)
     assert seen == [[time] * 3 for time in clock]
     close(x1, x0 + constant, atol=1e-6)
 
@@ -104,7 +103,7 @@ def test_distillation_sees_the_noise_and_nothing_of_the_target():
     def velocity(x, t, given):
         seen.append((x.clone(), t, given))
         return torch.tanh(x)
-    losses = [chapter.one_step_loss(velocity, x0, end, text, chapter.squared) for end in (x1, x1_other)]
+    losses = [chapter.one_step_loss(velocity, x0, end, text, chapter.latent_distance) for end in (x1, x1_other)]
     for x, t, given in seen:
         assert torch.equal(x, x0) and torch.equal(t, torch.zeros(4)) and given is text
     for end, loss in zip((x1, x1_other), losses):
@@ -124,7 +123,7 @@ def test_an_exact_straight_flow_has_no_loss():
         return c - 0.6 * (x - t * c) / (1 - 0.6 * t)
     x1 = end(x0, text)
     close(chapter.reflow_loss(straight, x0, x1, text), torch.zeros(8), atol=1e-9)
-    close(chapter.one_step_loss(straight, x0, x1, text, chapter.squared), torch.zeros(8), atol=1e-9)
+    close(chapter.one_step_loss(straight, x0, x1, text, chapter.latent_distance), torch.zeros(8), atol=1e-9)
     shuffled = x1.roll(1, 0)                               # another's end: no velocity can tell
     assert chapter.reflow_loss(straight, x0, shuffled, text).mean() > 0.1
 
@@ -135,7 +134,7 @@ def test_one_step_without_reflow_is_the_mean_of_its_text():
     means = torch.tensor([[2.0, -1.0], [-3.0, 0.5]])
     label = torch.arange(4000) % 2
     x0, x1, text = torch.randn(4000, 2), means[label] + torch.randn(4000, 2), label[:, None, None].float()
-    at_zero = partial(chapter.one_step_loss, x0=x0, x1=x1, text=text, distance=chapter.squared)
+    at_zero = partial(chapter.one_step_loss, x0=x0, x1=x1, text=text, distance=chapter.latent_distance)
     shift = torch.zeros(2, 2, requires_grad=True)
     at_zero(lambda x, t, c: (means + shift)[c[:, 0, 0].long()] - x).mean().backward()
     assert shift.grad.abs().max() < 0.03                   # the mean is where the gradient vanishes, up to sampling
@@ -282,7 +281,7 @@ def test_more_arguments_pass_through_the_velocity():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches: prompts, pairs, slices
+# Batches: prompts, pairs
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +298,7 @@ def pipe(vocabulary):
     tokenizer = chapter.CLIPTokenizer(*vocabulary)
     return chapter.Pipeline(tokenizer, chapter.CLIPTextEncoder(len(tokenizer.vocab), 8, 1, 2, inner=16).eval(),
                             chapter.UNet((4, 8), 1, (False, True), 2, 8, groups=1),
-                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, Path())
+                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, (2, 3, 3))
 
 
 def test_every_word_of_the_captions_is_one_token(vocabulary):
@@ -326,12 +325,14 @@ def test_prompts_kept_and_prompts_encoded_on_demand_are_the_same(pipe):
 
 def test_dropout_puts_the_empty_text_in_place_of_a_share(pipe):
     prompts = chapter.Prompts(pipe, chapter.shape_captions())
+    text = prompts(torch.arange(4000))
     torch.manual_seed(0)
-    got = prompts(torch.arange(4000), 0.25)
+    got = chapter.drop_some(text, prompts.null, 0.25)
     dropped = (got == prompts.null).all(2).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
-    close(got[~dropped], prompts(torch.arange(4000))[~dropped], atol=0)
-    assert (prompts(torch.arange(64), 1.0) == prompts.null).all()
+    close(got[~dropped], text[~dropped], atol=0)
+    assert (chapter.drop_some(text, prompts.null, 1.0) == prompts.null).all()
+    assert torch.equal(chapter.drop_some(text, prompts.null, 0.0), text)
 
 
 def test_long_prompts_are_cut_with_a_notice(pipe, capsys):
@@ -350,8 +351,9 @@ def test_the_teacher_learns_the_noise_and_sees_no_more_of_a_text_than_it_should(
         seen.append(text[:, 0])
         a, b = (values[s.long()].float().reshape(-1, 1, 1, 1) for values in (table.a, table.b))
         return (x - a * latent) / b
-    config = dataclasses.replace(chapter.Config(), batch=2000, caption_dropout=0.25)
-    losses = chapter.teacher_loss(latent, tokens, empty, config)(model, None, 0)
+    draw = partial(chapter.draw_rows, 2000, latent, tokens)
+    forget = partial(chapter.drop_some, empty=empty, dropout=0.25)
+    losses = chapter.teacher_loss(model, None, 0, draw, forget)
     close(losses, torch.zeros(2000), atol=1e-6)
     assert set(seen[0].tolist()) == {7, 9} and (seen[0] == 9).float().mean() == pytest.approx(0.25, abs=0.03)
 
@@ -361,19 +363,21 @@ def test_the_teacher_learns_latents_of_unit_variance(tmp_path, monkeypatch):
     class Caught(Exception):
         pass
 
-    def look(latents, tokens, empty, config):
-        raise Caught(latents)
+    def look(model, ema, step, draw, forget):
+        raise Caught(draw.args[1])
     monkeypatch.setattr(chapter, "teacher_loss", look)
-    config = chapter.parse_config(chapter.Config, [*TINY, "--vae-lr", "0"])
-    images, _, captions = chapter.shapes(64, 16, 0)
+    config = chapter.parse_config(chapter.Config, [*TINY, "--out", str(tmp_path / "run")])
     with pytest.raises(Caught) as caught:
-        chapter.tiny_teacher(images, captions, config, CPU, tmp_path)
+        chapter.tiny_teacher(chapter.Run(config, chapter.__file__))
     assert caught.value.args[0].std().item() == pytest.approx(1, abs=1e-3)
 
 
-class Doubling(nn.Module):
+class Doubling(chapter.VAE):
     """A VAE whose picture is twice the latent, with a posterior of its own."""
     scale, mean, logvar = 0.5, 1.5, -0.8
+
+    def __init__(self):
+        nn.Module.__init__(self)
 
     def encode(self, x):
         return torch.full_like(x, self.mean), torch.full_like(x, self.logvar)
@@ -384,106 +388,81 @@ class Doubling(nn.Module):
 
 def test_the_autoencoder_pays_for_its_posterior():
     """KL(N(m, s^2) || N(0, 1)), summed over the latents, and a mean absolute error of 2 E|z - x / 2|."""
-    torch.manual_seed(0)
-    x, normal = torch.zeros(4, 3, 64, 64), torch.distributions.Normal
+    normal, black = torch.distributions.Normal, torch.full((4, 3, 64, 64), 127.5)     # the middle of -1 ... 1
     posterior = normal(Doubling.mean, torch.tensor(Doubling.logvar / 2).exp())
-    error, kl = chapter.Autoencoder(Doubling())(x).unbind(1)
-    close(kl, torch.full((4,), x[0].numel() * torch.distributions.kl_divergence(posterior, normal(0, 1)).item()), atol=0.1)
-    close(error, torch.full((4,), 2 * posterior.sample((100000,)).abs().mean().item()), atol=0.03)
+    losses = []
+    for weight in (0, 1):                                  # of the KL divergence, which counts per number of the picture
+        torch.manual_seed(0)
+        losses.append(chapter.vae_loss(Doubling(), None, 0, lambda: [black], weight))
+    kl = torch.distributions.kl_divergence(posterior, normal(0, 1)).item()
+    close(losses[1] - losses[0], torch.full((4,), kl), atol=1e-5)
+    close(losses[0], torch.full((4,), 2 * posterior.sample((100000,)).abs().mean().item()), atol=0.03)
 
 
 def test_pictures_are_decoded_from_unscaled_latents():
     a, b = torch.rand(3, 1, 2, 2) / 5, torch.rand(3, 1, 2, 2) / 5
-    far = chapter.picture_distance(Doubling(), lambda x, y: (x - y).flatten(1).sum(1))
+    far = partial(chapter.picture_distance, Doubling(), lambda x, y: (x - y).flatten(1).sum(1))
     close(far(a, b), 4 * (a - b).flatten(1).sum(1), atol=1e-6)
     close(chapter.decode_latents(Doubling(), a), 4 * a, atol=1e-6)
 
 
-def some_pairs(folder, count=20, shard=8):
-    """Pairs by a map whose ends tell their index: x1 = index in every entry."""
-    config = dataclasses.replace(chapter.Config(), shard=shard)
-    made = []
+def some_pairs(folder, pipe, count=20, seed=7):
+    """Pairs by a sampler whose ends tell their number: x1 = number in every entry.  Returns the run and what was asked."""
+    config = chapter.parse_config(chapter.Config, ["--device", "cpu", "--shard", "8", "--out", str(folder)])
+    run, made = chapter.Run(config, chapter.__file__), []
 
-    def go(x0, index):
+    def sampler(x0, index):
         made.append((x0, index))
         return index.float().reshape(-1, 1, 1, 1).expand_as(x0)
-    chapter.make_pairs(go, folder, count, config, (2, 3, 3), CPU, 7)
-    return made
+    sampler.pipe, sampler.unet, sampler.prompts = pipe, pipe.unet, lambda index: index
+    chapter.write_pairs(run, "some", sampler, seed, count)
+    return run, made
 
 
 def test_pairs_stay_together(tmp_path, pipe):
-    """x1 comes from the file, x0 anew from the index, and the text goes by the same index."""
-    made = some_pairs(tmp_path)
+    """x1 comes from the file, x0 anew from the number, and the text goes by the same number."""
+    run, made = some_pairs(tmp_path, pipe)
     assert [len(index) for _, index in made] == [8, 8, 4]
-    assert np.load(tmp_path / "00000.npy").dtype == np.float16
-    pairs, prompts = chapter.Pairs(tmp_path, 20, 8, (2, 3, 3)), chapter.Prompts(pipe, chapter.shape_captions()[:9])
+    shards, prompts = chapter.load_pairs(run, "some", 20), chapter.Prompts(pipe, chapter.shape_captions()[:9])
+    assert {shard.dtype for shard in shards} == {torch.float16}
     torch.manual_seed(0)
-    x0, x1, text = chapter.draw_stored(pairs, 7, prompts)(300)
+    x0, x1, text = chapter.draw_stored(shards, 7, prompts, 300)
     index = x1[:, 0, 0, 0].long()
     assert x1.dtype == torch.float32 and len(index.unique()) == 20
     close(x0, torch.cat([x for x, _ in made])[index], atol=0)
     close(text, prompts(index), atol=0)
-    assert len(chapter.Pairs(tmp_path, 11, 8, (2, 3, 3))) == 11        # fewer than there are, for reflow
-    assert (chapter.draw_stored(pairs, 7, prompts, dropout=1.0)(20)[2] == prompts.null).all()
+    fewer = chapter.load_pairs(run, "some", 11)            # than there are, for reflow
+    assert [len(shard) for shard in fewer] == [8, 3]
+    assert chapter.draw_stored(fewer, 7, prompts, 300)[1].max() == 10
+    assert (chapter.draw_stored(shards, 7, prompts, 20, dropout=1.0)[2] == prompts.null).all()
 
 
-def test_pairs_that_exist_are_not_made_again(tmp_path):
-    some_pairs(tmp_path)
-    (tmp_path / "00001.npy").unlink()
-    assert [index.tolist() for _, index in some_pairs(tmp_path)] == [list(range(8, 16))]
+def test_pairs_that_exist_are_not_made_again(tmp_path, pipe):
+    some_pairs(tmp_path, pipe)
+    (tmp_path / "pairs" / "some" / "00001.pt").unlink()
+    assert [index.tolist() for _, index in some_pairs(tmp_path, pipe)[1]] == [list(range(8, 16))]
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(b"no array"), lambda path: path.write_bytes(b""),
-    lambda path: np.save(path, np.zeros((8, 2, 3, 3), np.float32)), lambda path: path.write_bytes(path.read_bytes()[:-9]),
-    lambda path: np.save(path, np.zeros((8, 3, 3, 3), np.float16)),
-], ids=["missing", "text", "empty", "float32", "cut", "shape"])
-def test_a_spoilt_shard_is_one_line(tmp_path, spoil):
-    some_pairs(tmp_path)
-    spoil(tmp_path / "00001.npy")
-    with pytest.raises(chapter.UserError, match="00001.npy.*delete it and run again"):
-        chapter.Pairs(tmp_path, 20, 8, (2, 3, 3))
+    lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensor"), lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: torch.save([1], path),
+], ids=["missing", "text", "empty", "cut", "another's"])
+def test_a_spoilt_shard_is_one_line(tmp_path, pipe, spoil):
+    run, _ = some_pairs(tmp_path, pipe)
+    spoil(tmp_path / "pairs" / "some" / "00001.pt")
+    with pytest.raises(chapter.UserError, match="00001.pt.*delete it, run again"):
+        chapter.load_pairs(run, "some", 20)
 
 
-def test_samples_that_are_not_finite_are_not_stored(tmp_path):
-    config = dataclasses.replace(chapter.Config(), shard=8)
+def test_samples_that_are_not_finite_are_not_stored(tmp_path, pipe):
+    config = chapter.parse_config(chapter.Config, ["--device", "cpu", "--out", str(tmp_path)])
+
+    def sampler(x0, text):
+        return x0 / 0
+    sampler.pipe, sampler.unet, sampler.prompts = pipe, pipe.unet, lambda index: index
     with pytest.raises(chapter.UserError, match="not finite"):
-        chapter.make_pairs(lambda x0, index: x0 / 0, tmp_path, 8, config, (1, 2, 2), CPU, 0)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 9])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_slices_give_the_gradients_of_the_whole_batch(pipe, size, checkpointing):
-    """Also with the U-Net's own checkpointing inside, and through the decoder and a perceptual distance."""
-    pipe.unet.checkpointing = checkpointing
-    torch.manual_seed(0)
-    x0, x1, (text, _) = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), (torch.randn(4, 77, 8), None)
-
-    def gradients(size):
-        network = chapter.Slices(pipe.unet, size)
-        seen = chapter.picture_distance(pipe.vae, lambda a, b: (a - b).abs().mean((1, 2, 3)), size)
-        losses = chapter.one_step_loss(chapter.as_velocity(network), x0, x1, text, seen)
-        return torch.autograd.grad(losses.mean(), list(pipe.unet.parameters())), losses
-    (expected, losses), (got, again) = gradients(0), gradients(size)
-    close(again, losses, atol=1e-6)
-    for a, b in zip(got, expected):
-        close(a, b, atol=1e-6)
-
-
-def test_slices_are_in_memory_one_at_a_time(pipe):
-    """What the forward pass keeps for the backward pass does not grow with the slices' activations."""
-    def kept(size):
-        total = []
-
-        def pack(x):
-            total.append(x.numel())
-            return x
-        x, text = torch.randn(8, 4, 8, 8), torch.randn(8, 77, 8)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            chapter.in_slices(pipe.unet, size, x, torch.rand(8), text)
-        return sum(total)
-    assert kept(2) < kept(0) / 10
+        chapter.write_pairs(chapter.Run(config, chapter.__file__), "some", sampler, 0, 8)
+    assert not (tmp_path / "pairs").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,13 +473,13 @@ def test_slices_are_in_memory_one_at_a_time(pipe):
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_true_pictures_are_read_without_a_mistake(size):
     images, _, captions = chapter.shapes(150, size, 5)
-    assert chapter.CaptionReader(size)(chapter.to_floats(images)) == captions
+    assert chapter.captions_of(chapter.to_floats(images)) == captions
 
 
 def test_wrong_captions_are_noticed():
     """Another colour, shape or background is never read as what was asked for."""
     images, _, captions = chapter.shapes(200, 16, 6)
-    read = chapter.CaptionReader(16)(chapter.to_floats(images))
+    read = chapter.captions_of(chapter.to_floats(images))
     for word in (1, 2, 5):
         turned = {"red": "blue", "green": "red", "blue": "yellow", "yellow": "green", "circle": "square",
                   "square": "triangle", "triangle": "cross", "cross": "circle", "white": "black", "black": "white"}
@@ -515,7 +494,7 @@ def test_what_shows_no_shape_has_no_caption(how):
     blur = nn.functional.avg_pool2d(nn.functional.pad(images, (4, 4, 4, 4), mode="replicate"), 9, 1)
     bad = {"noise": torch.randn_like(images).clamp(-1, 1), "empty": torch.ones_like(images), "blurred": blur,
            "half noise": images + 0.7 * torch.randn_like(images)}[how]
-    read = chapter.CaptionReader(16)(bad)
+    read = chapter.captions_of(bad)
     assert sum(caption != "" for caption in read) <= 3
 
 
@@ -523,7 +502,7 @@ def test_a_little_noise_or_blur_is_forgiven():
     torch.manual_seed(0)
     images, _, captions = chapter.shapes(200, 16, 8)
     images = chapter.to_floats(images)
-    read = chapter.CaptionReader(16)((images + 0.1 * torch.randn_like(images)).clamp(-1, 1))
+    read = chapter.captions_of((images + 0.1 * torch.randn_like(images)).clamp(-1, 1))
     assert np.mean([a == b for a, b in zip(read, captions)]) > 0.95
 
 
@@ -533,14 +512,13 @@ def test_a_little_noise_or_blur_is_forgiven():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "no prompt in it"), (b" \n\n", "no prompt in it"), (b"a cat\n\xff\xfe\n", "line 2: not UTF-8"),
-    (b"a cat\na\x00dog\n", "line 2: control characters"), (None, "No such file"),
+    (b"", "no prompt in it"), (b" \n\n", "no prompt in it"), (b"a cat\n\xff\xfe\n", "not UTF-8"), (None, "No such file"),
 ])
 def test_a_bad_prompt_file_is_one_line(tmp_path, content, words):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(chapter.UserError, match=words) as error:
+    with pytest.raises((chapter.UserError, OSError), match=words) as error:
         chapter.read_lines(path, "--prompts")
     assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
 
@@ -553,7 +531,7 @@ def test_prompt_files_of_any_system_are_read(tmp_path):
 def test_coco_captions_are_one_of_every_image(tmp_path):
     rows = [{"image_id": i // 5, "caption": f" text {i}.\n"} for i in range(20)]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
-    assert chapter.read_captions(tmp_path / "captions.json", 3) == ["text 0.", "text 5.", "text 10."]
+    assert chapter.read_captions(tmp_path / "captions.json") == ["text 0.", "text 5.", "text 10.", "text 15."]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"annotations": 3}', '{"annotations": []}',
@@ -561,7 +539,7 @@ def test_coco_captions_are_one_of_every_image(tmp_path):
 def test_captions_that_are_not_cocos_are_one_line(tmp_path, content):
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(chapter.UserError, match="captions.json") as error:
-        chapter.read_captions(tmp_path / "captions.json", 3)
+        chapter.read_captions(tmp_path / "captions.json")
     assert "\n" not in str(error.value)
 
 
@@ -577,8 +555,7 @@ def unet(folder):
 
 def test_a_run_leaves_its_networks_numbers_and_figures(finished):
     folder, out = finished
-    assert NETWORKS | {"config.json", "metrics.csv", "pairs", "grid.png", "quality.png", "results.json"} <= {
-        path.name for path in folder.iterdir()}
+    assert NETWORKS | {"run.json", "pairs", "grid.png", "results.json"} <= {path.name for path in folder.iterdir()}
     results = json.loads((folder / "results.json").read_text())["networks"]
     assert list(results) == ["teacher, 3 steps", "teacher as velocity, 1 step", "teacher as velocity, 4 steps",
                              "2-RF, 1 step", "2-RF, 4 steps", "2-RF distilled, 1 step", "teacher distilled, 1 step",
@@ -586,17 +563,16 @@ def test_a_run_leaves_its_networks_numbers_and_figures(finished):
     assert [rows[0]["NFE"] for rows in results.values()] == [6, 2, 8, 1, 4, 1, 1, 1]
     for rows in results.values():
         assert 0 <= rows[0]["accuracy"] <= 1 and rows[0]["FD"] > 0 and f"{rows[0]['FD']:.3f}" in out
-    steps = {row["stage"]: int(row["step"]) for row in csv.DictReader((folder / "metrics.csv").open())}
-    assert [*steps] == STAGES                              # direct: distillation's budget; longer: and reflow's
+    steps = {path.stem: int(list(csv.DictReader(path.open()))[-1]["step"]) for path in folder.glob("*.csv")}
+    assert set(steps) == set(STAGES)                       # direct: distillation's budget; longer: and reflow's
     assert [steps[name] for name in STAGES[2:]] == [4, 4, 2, 4, 2, 8, 2]
-    for name in ("grid.png", "quality.png"):
-        with Image.open(folder / name) as image:
-            image.load()
-            assert min(image.size) > 150 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+    with Image.open(folder / "grid.png") as image:
+        image.load()
+        assert min(image.size) > 150 and len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_pairs_are_counted_and_named(finished):
-    pairs = {folder.name: sum(len(np.load(path)) for path in folder.iterdir())
+    pairs = {folder.name: sum(len(torch.load(path, weights_only=True)["x1"]) for path in folder.iterdir())
              for folder in (finished.folder / "pairs").iterdir()}
     assert pairs == {"teacher": 24, "2-rf-0": 12}          # the longer direct distillation gets as many as both stages
 
@@ -606,7 +582,8 @@ def test_students_differ_from_the_teacher_and_say_what_they_predict(finished):
                         ("teacher", "2-rf-0", "distilled-0", "direct-0", "longer-0"))
     for i, network in enumerate(others):
         assert network.isfinite().all() and all((network - other).abs().max() > 1e-6 for other in [teacher, *others[:i]])
-    said = {name: chapter.load_pipeline(finished.folder / name).scheduler["prediction_type"] for name in NETWORKS}
+    said = {name: chapter.load_pipeline(finished.folder / name).configs["scheduler"]["prediction_type"]
+            for name in NETWORKS}
     assert said == {name: "epsilon" if name == "teacher" else "velocity" for name in NETWORKS}
 
 
@@ -627,7 +604,11 @@ def test_diffusers_opens_the_exported_teacher(finished):
 def test_a_finished_run_is_measured_again_but_not_trained_again(finished, here, run, monkeypatch):
     folder = copy_run(finished, here)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"}
-    monkeypatch.setattr(chapter, "train", None)
+
+    def train(model, loss_fn, config, stream, progress):
+        assert progress[2] == config.steps
+        return iter(())
+    monkeypatch.setattr(chapter, "train", train)
     code, _, err = run(*TINY)
     assert code == 0, err
     assert {path: path.read_bytes() for path in before} == before
@@ -646,12 +627,13 @@ def test_more_seeds_share_the_teacher(finished, here, run):
 def test_a_killed_run_goes_on_to_the_same_weights(finished, here, run):
     """kill -9 three times, each in the middle of a stage; in the end all is equal bit for bit."""
     folder = here / "runs" / NAME / "quick"
-    for spy, kept in [(kill_after_row("teacher", 4), ["vae"]), (kill_in_shard(2), ["vae", "teacher"]),
-                      (kill_after_row("distilled-0.1", 2), ["vae", "teacher", "2-rf-0.1"])]:
+    for spy, kept, unfinished in [
+            (kill_after_row("teacher", 4), ["vae"], ["teacher"]), (kill_in_shard(2), ["vae", "teacher"], []),
+            (kill_after_row("distilled-0.1", 2, "after"), ["vae", "teacher", "2-rf-0.1"], ["distilled-0.1"])]:
         code = driver(NAME, spy)
         result = subprocess.run([sys.executable, "-c", code, *TINY], cwd=here, capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, result.stderr
-        assert {path.stem for path in folder.glob("*.pt")} == {*kept, "checkpoint"}
+        assert {path.stem for path in folder.glob("*.pt")} == {*kept, *unfinished}
     code, _, err = run(*TINY)
     assert code == 0 and same_weights(folder, finished.folder, *STAGES), err
     assert all(torch.equal(unet(folder / name), unet(finished.folder / name)) for name in NETWORKS)
@@ -661,7 +643,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, here, run):
 
 def test_two_processes_share_the_work(here):
     """torchrun: both make pairs, one writes; the run ends with every network and no leftovers."""
-    result = torchrun(chapter.__file__, *TINY, "--micro-batch", 1, cwd=here)
+    result = torchrun(chapter.__file__, *TINY, "--accumulate", 2, cwd=here)
     assert result.returncode == 0, result.stderr
     folder = here / "runs" / NAME / "quick"
     assert NETWORKS | {"results.json", "grid.png"} <= {path.name for path in folder.iterdir()}
@@ -675,14 +657,15 @@ def test_a_signal_in_the_middle_of_a_stage_loses_no_step(finished, here, run, mo
     folder = copy_run(finished, here, *later)
     loss, steps = chapter.reflow_loss, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         steps.append(0)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*arguments)
+        return loss(*arguments, **named)
     monkeypatch.setattr(chapter, "reflow_loss", interrupted)
     code, _, err = run(*TINY)
     assert code == 130 and "continues from here" in err and len(steps) == 2
+    chapter.STOP.clear()                                   # a run of its own would begin without it
     code, _, err = run(*TINY)
     assert code == 0 and len(steps) == 4 and same_weights(folder, finished.folder, *STAGES), err
 
@@ -691,7 +674,7 @@ def test_a_given_teacher_with_its_own_prompts(finished, run, tmp_path):
     """--model: nothing tiny is trained; stacked students from its own weights; prompts nobody can read off a picture."""
     (tmp_path / "prompts.txt").write_text("a red circle\nsomething else\n")
     code, out, err = run(*TINY, "--model", finished.folder / "teacher", "--prompts", "prompts.txt", "--unet", "stacked",
-                         "--init", "teacher", "--micro-batch", 3, "--checkpointing", "--out", "mine")
+                         "--init", "teacher", "--accumulate", 2, "--checkpointing", "--out", "mine")
     assert code == 0, err
     folder = tmp_path / "mine"
     results = json.loads((folder / "results.json").read_text())["networks"]
@@ -713,12 +696,12 @@ def test_the_negated_start_is_nearer_to_the_velocity(finished):
 
 @pytest.mark.parametrize("args, words", [
     (("--steps", "0"), ("--steps 0",)), (("--stepz", "3"), ("--stepz",)), (("smaple", "--model", "x"), ("smaple",)),
-    (("--model", "nowhere"), ("--prompts",)), (("--preset", "paper"), ("--model",)),
+    (("--model", "nowhere"), ("--prompts",)), (("--preset", "paper", "--accumulate", "1"), ("--model",)),
     (("--model", "nowhere at all", "--prompts", "README"), ("README",)),
     (("--reflow-steps", "3", "4"), ("--reflow-steps",)), (("--distill-steps", "3", "--distill-batch", "4"), ("2 numbers",)),
-    (("--image-size", "17"), ("17",)), (("--channels", "6", "7"), ("UNet",)), (("--attention", "1"), ("--attention",)),
+    (("--image-size", "17"), ("17",)), (("--channels", "6", "7"), ("UNet",)), (("--attention", "1"), ("attention",)),
     (("--lpips-weights", "nowhere.pth"), ("nowhere.pth",)), (("--prompts", "nowhere.txt"), ("nowhere.txt",)),
-    (("--fid", "--inception", "nowhere.pt"), ("Inception",)), (("--text-width", "7"), ("CLIPTextEncoder",)),
+    (("--fid", "--data-dir", "nowhere"), ("inception",)), (("--vae-batch", "5", "--accumulate", "2"), ("batch of 5",)),
 ])
 def test_a_wrong_setting_is_one_line_and_leaves_nothing(run, tmp_path, args, words):
     code, _, err = run(*(() if args[0] == "smaple" else TINY), *args)
@@ -742,14 +725,14 @@ def test_what_is_trained_is_what_is_sampled(finished, run):
     """One step of the distilled network from the noise of the seed, decoded, on the sheet; deterministic."""
     folder = finished.folder / "distilled-0"
     sheet = sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--count", 4)
-    assert sheet.shape == (2 * 18, 2 * 18, 3)              # pictures of 16 x 16 with a line around each
+    assert sheet.shape == (18, 4 * 18, 3)                  # pictures of 16 x 16 with a line around each
     pipe = chapter.load_pipeline(folder)
     x0 = chapter.pair_noise(chapter.seed_for(0), torch.arange(4), (4, 8, 8))
     text = pipe.text_encoder(pipe.tokenizer(["a blue cross on a white background"])).expand(4, -1, -1)
     with torch.no_grad():
         images = pipe.vae.decode((x0 + pipe.unet(x0, torch.full((4,), 1000.0), text)) / pipe.vae.scale)
     expected = chapter.to_bytes(images)[3].permute(1, 2, 0).numpy().astype(int)
-    assert abs(sheet[19:35, 19:35] - expected).max() <= 1
+    assert abs(sheet[1:17, 55:71] - expected).max() <= 1
     assert (sheet == sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--batch", 1)).all()
     assert (sheet != sampled(run, "--model", folder, "--prompt", "a blue cross on a white background", "--seed", 1)).any()
 
@@ -762,20 +745,13 @@ def test_sample_options_change_the_picture(finished, run):
         assert (sampled(run, *base, *more) != plain).any()
     assert sampled(run, *base, "--size", 16, 24).shape == (18, 26, 3)
     assert sampled(run, *base[:2], "--prompt", "a red", "blue cross", "a", "--count", 2).shape == (54, 36, 3)
-    assert sampled(run, "--preset", "teacher", "--model", finished.folder / "teacher", "--prompt", "x").shape == (36, 36, 3)
-
-
-def test_the_walk_is_a_film(finished, run):
-    sampled(run, "--model", finished.folder / "2-rf-0", "--prompt", "a", "--count", 3, "--interpolate", "walk.gif", "--frames",
-            4)
-    with Image.open("walk.gif") as film:
-        assert film.n_frames == 12 and film.size == (16, 16) and film.info["loop"] == 0
+    assert sampled(run, "--preset", "teacher", "--model", finished.folder / "teacher", "--prompt", "x").shape == (18, 72, 3)
 
 
 def lora(path, pipe, up=0.0, name="lora_unet_mid_block_attentions_0_proj_in"):
     """A LoRA of rank 1 for one layer of the U-Net."""
     shape = pipe.unet.mid_block.attentions[0].proj_in.weight.shape
-    chapter.save_safetensors(path, {f"{name}.lora_up.weight": torch.full((shape[0], 1, 1, 1), up),
+    chapter.save_safetensors(Path(path), {f"{name}.lora_up.weight": torch.full((shape[0], 1, 1, 1), up),
                                     f"{name}.lora_down.weight": torch.ones(1, shape[1], 1, 1),
                                     f"{name}.alpha": torch.tensor(1.0)})
     return path
@@ -812,14 +788,13 @@ def test_adding_the_difference_to_the_base_gives_the_other(finished, run):
     (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER"), ("--delta", "two models")),
     (("--model", "FOLDER", "--prompt", "a", "--delta", "FOLDER", "nowhere"), ("nowhere",)),
     (("--model", "FOLDER", "--prompt", "a", "--out", "sheet.txt"), ("sheet.txt",)),
-    (("--model", "FOLDER", "--prompt", "a", "--interpolate", "walk.jpg"), ("walk.jpg", "GIF")),
     (("--model", "FOLDER", "--prompt", "a", "--preset", "paper"), ("--preset",)),
 ])
 def test_a_wrong_wish_is_one_line(finished, run, tmp_path, args, words):
     lora("wrong.safetensors", chapter.load_pipeline(finished.folder / "2-rf-0"), name="lora_unet_no_such_layer")
     folder = str(finished.folder / "2-rf-0")
     code, out, err = run("sample", *(folder if word == "FOLDER" else word for word in args))
-    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
+    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"], err
     one_line(err, *words)
 
 
@@ -879,15 +854,15 @@ def judge(tmp_path_factory, vocabulary):
 
 def test_the_clip_score_is_that_of_transformers(judge):
     folder, theirs = judge
-    ours, tokenizer = chapter.CLIP.from_folder(folder)
+    ours = chapter.CLIP(folder)
     images, captions = torch.rand(3, 3, 24, 24), ["a red cross", "a blue", ""]
-    tokens = tokenizer(captions)
+    tokens = ours.tokenizer(captions)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.48145466, 0.4578275, 0.40821073),
                                                           (0.26862954, 0.26130258, 0.27577711)))
     with torch.no_grad():
         expected = theirs(input_ids=tokens, pixel_values=(images - mean) / std)
     close(ours.embed_images(2 * images - 1), expected.image_embeds, atol=1e-5)
-    close(ours.embed_texts(tokens, tokenizer.end), expected.text_embeds, atol=1e-5)
+    close(ours.embed_texts(captions), expected.text_embeds, atol=1e-5)
 
 
 def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch):
@@ -903,8 +878,7 @@ def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch
     assert code == 0, err
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result["captions"] == 5 and result["size"] == [16, 16] and result["FID"] > 0
-    assert -1 <= result["CLIP score"] <= 1 and set(result["seconds per batch"]) == {"text", "U-Net", "decode"}
-    assert all(value > 0 for value in result["seconds per batch"].values())
+    assert -1 <= result["CLIP score"] <= 1 and result["seconds per batch"] > 0
 
 
 @pytest.mark.parametrize("part, change", [
@@ -917,12 +891,12 @@ def test_a_wrong_clip_is_one_line(judge, tmp_path, part, change):
     config[part] |= change
     (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
     with pytest.raises(chapter.UserError, match="describes no CLIP"):
-        chapter.CLIP.from_folder(tmp_path / "clip")
+        chapter.CLIP(tmp_path / "clip")
 
 
 @pytest.mark.parametrize("args, words", [
     ((), ("--captions",)), (("--captions", "nowhere.json"), ("nowhere.json",)), (("--fid",), ("--captions",)),
-    (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--fid", "--real", "no"), ("got no",)),
+    (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--fid", "--real", "no"), ("--real",)),
     (("--captions", "c.txt", "--clip", "nowhere"), ("config.json",)),
     (("--captions", "c.txt", "--model", "nowhere"), ("nowhere",)),
 ])
