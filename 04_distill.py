@@ -1,16 +1,15 @@
 """Chapter 4 - how do we get to one step?  Four methods, one teacher, one budget.
 
-All four train the same network, v, through the same map, the jump to the data along the velocity,
-    f(x, t) = x + (1 - t) v(x, t),   so that f(x, 1) = x whatever v is,
-and one evaluation of f at the noise draws a picture.  They differ in where the target of f comes from:
-    rf           the end z1 of the flow's ODE from z0, made beforehand: |f(z0, 0) - z1|, then LPIPS            [Liu+22]
-    progressive  two steps of the teacher; the student becomes the teacher, and steps are halved               [SH22]
-    consistency  f itself, one small step of the teacher's ODE further on                                      [Song+23]
-    ict          f itself, one small step of the straight line to the picture further on: no teacher           [SD24]
+All four train the same network, v, until one jump along the velocity, from the noise to the data, draws a picture:
+    f(x, t) = x + (1 - t) v(x, t),   so that f(x, 1) = x whatever v is.
+They differ in the target:
+    rf           f(z0, 0) learns z1, the end of the flow's ODE from z0: |f(z0, 0) - z1|^2, then LPIPS          [Liu+22]
+    progressive  a step learns where two steps of the teacher end; steps halve until one is left, which is f   [SH22]
+    consistency  f(x_t, t) learns f(x_r, r), x_r a small step of the teacher's ODE further on                  [Song+23]
+    ict          the same, but x_r is further on by the straight line to the picture: no teacher               [SD24]
 rf starts from 2-RF and its pairs, all others from 1-RF; `direct` is rf without reflow: the same distillation, of 1-RF.
 Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted); the
 table also tells what reflow had cost before.
-Diffusion's noise levels, y = x1 + sigma x0, are this set's times: t = 1 / (1 + sigma), x_t = t y.
 
     python 04_distill.py                                       # shapes, offline: teacher, reflow, all methods
     python 04_distill.py --checkpoint runs/04_distill/quick/rf.pt --samples 64 --out pictures   # or --export rf.pt2
@@ -59,7 +58,6 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,13 +69,13 @@ def jump(velocity, x, t):
     """f(x, t) = x + (1 - t) v(x, t): to the data in one step along the velocity.  x: (B, *D), t: (B,) -> (B, *D).
 
     f(x, 1) = x for any network: the boundary condition of a consistency function [Song+23 eq. 5] comes for free.
-    In the noise level, f = c_skip y + c_out v with c_skip = 1 / (1 + sigma) and c_out = sigma / (1 + sigma).
+    Diffusion's noise levels, y = x1 + sigma x0, in the times of these chapters: t = 1 / (1 + sigma), x_t = t y.
     """
     return x + per_sample(1 - t, x) * velocity(x, t)
 
 
 def move(velocity, x, t, s, heun=False):
-    """One step of dz = v dt from times t to s (B,), by Euler or Heun.  Euler's is that of DDIM, exactly."""
+    """One step of dx = v dt from times t to s (B,), by Euler or Heun.  The Euler step equals DDIM's."""
     step = per_sample(s - t, x)
     v = velocity(x, t)
     if heun:
@@ -89,17 +87,17 @@ def move(velocity, x, t, s, heun=False):
 class Lesson:
     """What a student learns from; a method leaves alone what it has no use for."""
     draw: Callable                                          # () -> x0, x1 (B, C, H, W), labels (B,) or None
-    teacher: Callable = None                                # its velocity: (x, t, labels) -> (B, C, H, W)
-    distance: Callable = None                               # D, of two batches of pictures: (a, b) -> (B,)
-    squares: int = 0                                        # rf: D is squared for so many steps first
+    teacher: Callable = None                                # a Velocity: it runs without gradient and dropout
+    distance: Callable = None                               # of two batches of pictures: (a, b) -> (B,)
+    squares: int = 0                                        # rf: for this many first steps, |a - b|^2 in its place
     averaged: bool = False                                  # consistency: the target by averaged weights
 
 
 def distillation_loss(model, ema, step, lesson, jumps=1):
-    """rf: D(f(x_t, t), z1) / (1 - t)^2 on stored pairs (z0, z1), t in {0, 1/k, ..., (k-1)/k}, k = jumps [Liu+22].
+    """rf: distance(f(x_t, t), z1) / (1 - t)^2 on stored pairs, t in {0, 1/k, ..., (k-1)/k}, k = jumps [Liu+22].
 
-    While D is squared, this is |v - (z1 - z0)|^2.  With k = 1, t is exactly 0 and the network sees z0 alone; the
-    original code's t = 0.001 leaks 0.1 % of the answer.
+    With squares this is |v - (z1 - z0)|^2; LPIPS, a square of differences too, is scaled alike.  With k = 1, t is
+    exactly 0 and the network sees z0 alone; the original code's t = 0.001 leaks 0.1 % of the answer.
     """
     z0, z1, labels = lesson.draw()
     t = torch.randint(jumps, z0.shape[:1], device=z0.device) / jumps
@@ -109,12 +107,12 @@ def distillation_loss(model, ema, step, lesson, jumps=1):
 
 
 def progressive_loss(model, ema, step, lesson, steps):
-    """progressive: one step of the student, of 1/N, is to end where two of the teacher end [SH22 algorithm 2].
+    """progressive: one student step of length 1/N must end where two teacher steps end [SH22 algorithm 2].
 
-    From t in {0, 1/N, ..., (N-1)/N} two Euler (DDIM) steps of the teacher lead to x_s, s = t + 1/N.  One step of the
-    student ends at x_t + (s - t) v, so v is to be (x_s - x_t) / (s - t), the mean of the teacher's two velocities.
+    From t in {0, 1/N, ..., (N-1)/N} two Euler (DDIM) steps of the teacher lead to x_s, s = t + 1/N.  The student ends
+    at x_t + (s - t) v, so the target of v is (x_s - x_t) / (s - t), the mean of the teacher's two velocities.
     The paper regresses the picture x_t + (1 - t) v with weight max(SNR, 1), SNR = t^2 / (1 - t)^2; errors there are
-    1 - t times those of v, which makes max(t, 1 - t)^2 on velocities.  steps: N, the student's.
+    1 - t times those of v, so the weight on velocities is max(t, 1 - t)^2.  steps: the student's N.
     """
     x0, x1, labels = lesson.draw()
     t = torch.randint(steps, x0.shape[:1], device=x0.device) / steps
@@ -127,10 +125,10 @@ def progressive_loss(model, ema, step, lesson, steps):
 
 
 def consistency_distillation_loss(model, ema, step, lesson, times):
-    """consistency: D(f(x_t, t), f^-(x_r, r)), t < r neighbours, x_r the teacher's Heun step from x_t [Song+23 eq. 7].
+    """consistency: distance(f(x_t, t), f^-(x_r, r)), x_r the teacher's Heun step from x_t to r [Song+23 eq. 7].
 
-    times: from 1 (data) down to the noise, as karras_times makes them.  f^- is f without gradient, by the student's own
-    weights as on CIFAR-10 or, if averaged, by their EMA.  At r = 1 it is x_r itself: that end pins all the others.
+    f^-: f without gradient; r is one grid point closer to the data than t.  times: the grid, falling from 1, the data.
+    f^- has the student's weights, as on CIFAR-10, or, if averaged, their EMA.  At r = 1 it is x_r: that pins the rest.
     """
     x0, x1, labels = lesson.draw()
     i = torch.randint(len(times) - 1, x0.shape[:1], device=x0.device)
@@ -145,10 +143,10 @@ def consistency_distillation_loss(model, ema, step, lesson, times):
 
 
 def consistency_training_loss(model, ema, step, lesson, levels):
-    """ict: huber(f(x_t, t), f^-(x_r, r)) / (sigma_t - sigma_r), both on one line: x_r = (1 - r) x0 + r x1 [SD24].
+    """ict: huber(f(x_t, t), f^-(x_r, r)) / (sigma_t - sigma_r), x_t and x_r on the line from x0 to x1 [SD24].
 
     No teacher: on average over x0, x1 given x_t, the line's step is Euler's with the exact velocity.  The number of
-    levels doubles along training, and neighbours are drawn by a lognormal of the noise level.  levels: step -> N.
+    levels doubles along training, and neighbours are drawn by a lognormal of the noise level.  levels: step -> number.
     """
     x0, x1, labels = lesson.draw()
     times, chances, weights = ict_grid(levels(step), x0.device)
@@ -162,9 +160,10 @@ def consistency_training_loss(model, ema, step, lesson, levels):
 
 def both_ends(student, target, noisy, clean):
     """f(x_t, t), and without gradient f^-(x_r, r), under one dropout mask [SD24].  noisy: x_t, t;  clean: x_r, r."""
-    seed = torch.initial_seed() + 1                         # the loop seeds every step anew, so this differs by step
+    seed = torch.initial_seed() + 1                         # train() seeds every step; + 1: not the stream of the data
     torch.manual_seed(seed)
-    end = jump(student, *noisy)                             # first: autocast would keep weights cast without gradient
+    # with gradient first: autocast caches the cast weights, and a copy cached under no_grad would block the gradient
+    end = jump(student, *noisy)
     torch.manual_seed(seed)
     with torch.no_grad():
         return end, jump(target, *clean)
@@ -198,15 +197,15 @@ class Config:
     pair_solver: Literal["euler", "heun"] = "heun"          # ODE solver that makes pairs
     pair_steps: Count = 4                                   # its steps (heun: two evaluations each)
     jumps: Count = 1                                        # rf and direct learn k steps: times 0, 1/k, ..., (k-1)/k
-    lpips_share: Share = 0.5                                # last share of these steps measures LPIPS, not squares
+    lpips_share: Share = 0.5                                # last share of distill_steps: LPIPS in place of squares
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
     lpips_size: Annotated[int, 32, 512] = 32                # LPIPS sees pictures of this side (the papers: 224)
     lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
     halvings: Annotated[int, 1, 12] = 4                     # progressive: 2^halvings Euler steps become 1
     grid: Annotated[int, 3, 2000] = 18                      # noise levels of consistency distillation
     distance: Literal["squared", "huber", "lpips"] = "huber"    # distance in consistency distillation
-    target: Literal["student", "ema"] = "student"           # consistency's target: by own weights, or their average
-    levels: Annotated[int, 10, 10 ** 6] = 80                # ict: noise levels at the end, 10 at first ([SD24]: 1280)
+    target: Literal["student", "ema"] = "student"           # consistency's target: by the weights or their average
+    levels: Annotated[int, 10, 10 ** 6] = 80                # ict: intervals of its grid, doubled from 10 up to this
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
     mult: Annotated[tuple, 1, 64] = (1, 1, 1)               # width of each level, in multiples of channels
@@ -263,25 +262,23 @@ def main(config):
     if len(images) < 16:
         raise UserError(f"--data {config.data}: {len(images)} pictures are too few to measure with; give at least 16")
     features, label = choose_features(run)
-    perceptual = None
-    if config.distance == "lpips" or config.lpips_share and config.method in ("all", "rf"):
+    perceptual = None                                       # LPIPS, if a method asks for it
+    if config.distance == "lpips" or (config.lpips_share and config.method in ("all", "rf")):
         perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     classes = len(names) if config.conditional else 0
-    torch.manual_seed(seed_for(config.seed, 0))                                 # the start weights
+    torch.manual_seed(seed_for(config.seed, 0))             # the start weights
     flow = Flow(config, 3, classes)
-    given = [load_flow(path, run, 3, classes) if path else None for path in (config.teacher, config.reflow)]
+    teacher, reflowed = [load_flow(path, run, 3, classes) if path else None for path in (config.teacher, config.reflow)]
     draw = partial(draw_independent, to_device(images, run.device), labels.to(run.device) if classes else None)
-    teacher = given[0] or run.fit("1-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=1)
-    lesson = Lesson(partial(draw, run.share), Velocity(teacher, config), perceptual)
-    networks = {"1-RF": {1: teacher, 2: teacher}}                               # a network for each number of steps
-    if config.method in ("all", "rf"):
-        networks |= distil_pairs(lesson, given[1], run)
-    if config.method in ("all", "progressive"):
-        networks |= halve_steps(lesson, run)
-    if config.method in ("all", "consistency"):
-        networks |= follow_teacher(lesson, run)
-    if config.method in ("all", "ict"):
-        networks |= follow_lines(lesson, run)
+    if teacher is None:                                     # pair_loss: chapter 2's, among the copies below
+        teacher = run.fit("1-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=1)
+    lesson = Lesson(partial(draw, run.share), Velocity(teacher, config), distance=perceptual)
+    methods = {"rf": partial(distil_pairs, reflowed=reflowed), "progressive": halve_steps,
+               "consistency": follow_teacher, "ict": follow_lines}
+    networks = {"1-RF": {1: teacher, 2: teacher}}           # a network for each number of steps
+    for name, method in methods.items():
+        if config.method in ("all", name):
+            networks |= method(lesson=lesson, run=run)
     if run.rank == 0:
         report(networks, images, features, label, run)
 
@@ -290,7 +287,7 @@ def distil_pairs(lesson, reflowed, run):
     """rf: 2-RF and its distillation; beside it `direct`, 1-RF distilled in as many steps on as many pairs."""
     config = run.config
     flow = lesson.teacher.flow
-    curved = stored_pairs("2-rf", flow, 2, run)
+    curved = stored_pairs("2-rf", flow, 2, run)             # pairs are named after the stage that learns from them
     if reflowed is None:
         loss = partial(pair_loss, draw=curved, n=run.share)
         reflowed = run.fit("2-rf", flow, loss, stream=2, steps=config.reflow_steps)
@@ -298,8 +295,8 @@ def distil_pairs(lesson, reflowed, run):
     networks = {"2-RF": {1: reflowed, 2: reflowed}}
     squares = round(config.distill_steps * (1 - config.lpips_share))
     for name, start, draw, stream in (("direct", flow, curved, 4), ("rf", reflowed, straight, 5)):
-        lesson = Lesson(partial(draw, run.share), distance=lesson.distance, squares=squares)
-        loss = partial(distillation_loss, lesson=lesson, jumps=config.jumps)
+        on_pairs = Lesson(partial(draw, run.share), distance=lesson.distance, squares=squares)
+        loss = partial(distillation_loss, lesson=on_pairs, jumps=config.jumps)
         student = train_student(name, start, loss, stream, run)
         networks[name] = {1: student, 2: student}
     return networks
@@ -308,7 +305,7 @@ def distil_pairs(lesson, reflowed, run):
 def halve_steps(lesson, run):
     """progressive: each round's student is the next one's teacher; the last two draw in two steps and in one."""
     flow = lesson.teacher.flow
-    by_steps = {1: flow, 2: flow}
+    by_steps = {2: flow}                                    # with one halving, 1-RF itself is the two-step network
     for i in reversed(range(run.config.halvings)):
         n = 2 ** i                                          # steps of this student: ..., 4, 2, 1
         loss = partial(progressive_loss, lesson=Lesson(lesson.draw, Velocity(flow, run.config)), steps=n)
@@ -320,9 +317,9 @@ def halve_steps(lesson, run):
 def follow_teacher(lesson, run):
     """consistency: from 1-RF's weights, along 1-RF's ODE."""
     distance = {"squared": squared, "huber": pseudo_huber, "lpips": lesson.distance}[run.config.distance]
-    lesson = Lesson(lesson.draw, lesson.teacher, distance, averaged=run.config.target == "ema")
+    on_grid = Lesson(lesson.draw, lesson.teacher, distance, averaged=run.config.target == "ema")
     times = karras_times(run.config.grid).float().to(run.device)
-    loss = partial(consistency_distillation_loss, lesson=lesson, times=times)
+    loss = partial(consistency_distillation_loss, lesson=on_grid, times=times)
     student = train_student("consistency", lesson.teacher.flow, loss, 6, run)
     return {"consistency": {1: student, 2: student}}
 
@@ -335,17 +332,17 @@ def follow_lines(lesson, run):
     return {"ict": {1: student, 2: student}}
 
 
-# Differs from 02_reflow.py: methods in place of rounds, more metrics, and real pictures as their ceiling
+# Differs from 02_reflow.py: methods in place of rounds, more metrics, and real pictures as the reference
 def report(networks, images, features, label, run):
-    """Measure every network from the same noises, print the table, draw the figure."""
+    """Measure every network from the same noises (a second jump takes second noises), print the table, draw."""
     config = run.config
-    training_set = moments(image_features(images, features, run.device))
+    training_set = image_features(images, features, run.device)
+    statistics = moments(training_set)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
-    size = min(config.eval_size, len(images) // 2)          # two sets of real pictures without one in common
-    held_out = image_features(images[order[:size]], features, run.device)
-    others = image_features(images[order[size:2 * size]], features, run.device)
-    ceiling = {"FD": {"-": frechet_from_moments(*moments(others), *training_set)}}
-    rows = {"real data": ceiling | manifold_metrics(held_out, others)}
+    size = min(config.eval_size, len(images) // 2)          # two sets of training pictures without one in common
+    real, others = training_set[order[:2 * size]].split(size)
+    reference = {"FD": {"-": frechet_from_moments(*moments(others), *statistics)}}
+    rows = {"real data": reference | manifold_metrics(real, others)}
     ends = generate(Velocity(networks["1-RF"][1], config), run, 10, "heun")
     strips = {"1-RF, 20 evaluations": ends[:16]}
     for name, by_steps in networks.items():
@@ -353,9 +350,9 @@ def report(networks, images, features, label, run):
         for nfe, flow in by_steps.items():
             pictures = generate(Velocity(flow, config), run, nfe, "jumps" if name in JUMPERS else "euler")
             found = image_features(pictures, features, run.device)
-            row["FD"][str(nfe)] = frechet_from_moments(*moments(found), *training_set)
+            row["FD"][str(nfe)] = frechet_from_moments(*moments(found), *statistics)
             if nfe == 1:
-                row |= manifold_metrics(held_out, found[:size])
+                row |= manifold_metrics(real, found[:size])
                 row["to_teacher"] = (pictures - ends).square().mean().item()
             strips[f"{name}, {nfe} step{'s' * (nfe > 1)}"] = pictures[:16]
         row["evaluations"], row["reflow"] = spent(name, config)
@@ -370,7 +367,8 @@ def report(networks, images, features, label, run):
 # Training: equal budgets, noise levels, distances
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Evaluations that one image costs in one training step: forward 1, backward 2, teacher and target 1 each.
+# Evaluations that one image costs in one training step: forward 1, backward 2, a teacher's 1 (Heun: 2), the target 1.
+# A new method also needs: a loss, a function like follow_lines in main's methods, its name in Config (and JUMPERS).
 COST = {"direct": 3, "rf": 3, "progressive": 5, "consistency": 6, "ict": 4}
 
 
@@ -420,8 +418,8 @@ def stored_pairs(name, flow, stream, run):
 def karras_times(n, low=0.002, high=80.0, rho=7):
     """n times t = 1/(1 + sigma_i) from data to noise, sigma_i^(1/rho) linear between low and high [Karras+22 eq. 5].
 
-    The first level is 0 in place of `low`: at t = 1, f is the identity.  Returns (n,) float64, 1 ... 1/81; in float32
-    neighbours near 1 would come too close.
+    The first level is 0 in place of `low`: at t = 1, f is the identity.  Returns (n,) float64, 1 ... 1/81: whoever
+    subtracts neighbours near 1, as little as 4e-5 apart, would lose digits in float32.
     """
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     sigma = (low ** (1 / rho) + ramp * (high ** (1 / rho) - low ** (1 / rho))) ** rho
@@ -439,8 +437,8 @@ def ict_levels(step, steps, first, last):
 def ict_grid(n, device=None, mean=-1.1, std=2.0):
     """n times, and of the intervals between them chances and weights [SD24]; made once per number of levels.
 
-    Chance: the mass of log sigma ~ N(mean, std^2) in the interval.  Weight: 1 / (sigma_t - sigma_r) = t r / (r - t), in
-    float64, as r - t goes down to 4e-5.
+    Chance: the mass of log sigma ~ N(mean, std^2) in the interval; the first takes all below sigma_1.
+    Weight: 1 / (sigma_t - sigma_r) = t r / (r - t).
     """
     times = karras_times(n)
     log_sigma = torch.log((1 - times) / times)              # -inf at t = 1, where erf is -1
@@ -467,7 +465,7 @@ def pseudo_huber(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 
 JUMPERS = ("consistency", "ict")                            # they draw by jumps, the others by Euler steps
-JUMP_TIMES = [1 / 81, 0.549]                                # from sigma = 80; a second time from 0.821 [SD24]
+JUMP_TIMES = [1 / 81, 0.549]                                # t of sigma = 80 and, for the second jump, of 0.821 [SD24]
 
 
 def consistency_sample(velocity, noises, times):
@@ -476,8 +474,8 @@ def consistency_sample(velocity, noises, times):
     times: increasing; in the first x_t the picture is next to nothing.  noises: an x0 (B, *D) each.  Returns (B, *D).
     """
     x1 = torch.zeros_like(noises[0])
-    for noise, time in zip(noises, times, strict=True):
-        t = noise.new_full(noise.shape[:1], time)
+    for noise, start in zip(noises, times, strict=True):
+        t = noise.new_full(noise.shape[:1], start)
         x1 = jump(velocity, interpolate(noise, x1, t), t)
     return x1
 
@@ -513,8 +511,7 @@ def manifold_metrics(real, fake, k=5):
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} points, got {len(real)} and {len(fake)}")
-    real = real[:10000].double()                                            # as many as in [Nae+20]: bounds the memory
-    fake = fake[:10000].double()
+    real, fake = [x[:10000].double() for x in (real, fake)]                 # as many as in [Nae+20]: bounds the memory
     distance = torch.cdist(real, fake)                                      # (N, M)
     in_real = distance < torch.cdist(real, real).kthvalue(k + 1).values[:, None]    # k + 1: the nearest is itself
     in_fake = distance < torch.cdist(fake, fake).kthvalue(k + 1).values
@@ -529,7 +526,7 @@ def image_features(images, features, device):
     return torch.cat([features(floats(batch.to(device))).cpu() for batch in images.split(500)])
 
 
-# Differs from 02_reflow.py: a row per method, with real data as the ceiling
+# Differs from 02_reflow.py: a row per method, and real data as the reference
 def print_table(rows, label, config):
     """A line per network, and what the columns mean."""
     print(f"\n{label}, after 1 and 2 network evaluations\n{'':>16}     FD 1     FD 2  precision  recall  density"
@@ -539,7 +536,8 @@ def print_table(rows, label, config):
         quality = f"{row['precision']:11.3f}{row['recall']:8.3f}{row['density']:9.3f}{row['coverage']:10.3f}"
         cost = f"{row['to_teacher']:12.3f}{row['evaluations']:13,}{row['reflow']:12,}" if "reflow" in row else ""
         print(f"{name:>16}{distances:<18}{quality}{cost}")
-    print("to teacher: mean squared gap to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
+    print("FD 2: progressive by its network for two; direct and rf at t = 1/2 too, learnt only if --jumps is even;\n"
+          "to teacher: mean squared gap to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
           f"the method and its pairs; + reflow: by 2-RF before; 1-RF had cost {3 * config.batch * config.steps:,}")
     if config.lpips_weights == "random" and ("rf" in rows or config.distance == "lpips"):
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of the papers' distance")
@@ -618,18 +616,6 @@ def per_sample(t, x):
     return t.reshape(t.shape + (1,) * (x.dim() - 1))
 
 
-def flow_matching_loss(velocity, x0, x1, t):
-    """|x1 - x0 - v(x_t, t)|^2 per sample, mean over D [Liu+22 eq. 1].
-
-    velocity: (x (B, *D), t (B,)) -> (B, *D);  x0: (B, *D) noise;  x1: (B, *D) data, paired with x0.  Returns (B,).
-    Raises ValueError if the pairs do not match in shape.
-    """
-    if x0.shape != x1.shape or t.shape != x0.shape[:1]:
-        raise ValueError(f"want (B, *D) twice and (B,), got {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(t.shape)}")
-    xt = interpolate(x0, x1, t)
-    return (velocity(xt, t) - (x1 - x0)).square().flatten(1).mean(1)
-
-
 @torch.no_grad()
 def integrate(velocity, x0, steps, method="euler"):
     """Solve dz = v(z, t) dt from t = 0 (x0) to t = 1.  To go back to noise, integrate -v(x, 1 - t).
@@ -677,7 +663,8 @@ def train(model, loss_fn, config, stream=0, progress=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
-            with autocast, unsynced() if slices_left else contextlib.nullcontext():
+            waiting = unsynced() if slices_left else contextlib.nullcontext()
+            with autocast, waiting:
                 loss = loss_fn(network, ema, step).mean() / config.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -701,10 +688,10 @@ def seed_for(*numbers):
 
 
 class EMA:
-    """Averaged weights; they sample better than the final ones: a <- a + (1 - d)(w - a).
+    """Averaged weights.  They sample better than the final ones.
 
-    The decay d grows as (1 + step) / (10 + step) up to its final value, so that early averages forget the random start.
-    ema.model is the averaged network; ema(x, t) evaluates it.
+    a <- a + (1 - d)(w - a).  The decay d grows as (1 + step) / (10 + step) up to its final value: early averages forget
+    the random start.  ema.model is the averaged network; ema(x, t) evaluates it.
     """
 
     def __init__(self, model, decay):
@@ -722,12 +709,12 @@ class EMA:
 
 
 def make_optimizer(model, config):
-    """AdamW in one kernel, without weight decay: the averaged weights regularise enough."""
+    """AdamW in one kernel, without weight decay (then it is Adam): averaging regularises enough."""
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0, fused=True)
 
 
 def place(model, device):
-    """To the device, in channels_last where convolutions are faster so; a compiled training graph keeps the layout."""
+    """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
@@ -750,7 +737,7 @@ def compile_network(model, config):
     if config.compile and next(model.parameters()).device.type == "cuda":
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = False     # wrong gradients of chained norms before torch 2.15
+            inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
 
 
@@ -992,7 +979,7 @@ def launch(main, Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def draw_independent(images, labels, n):
-    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: bytes (N, C, H, W);  labels: (N,) or None."""
+    """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: uint8 (N, C, H, W);  labels: (N,) or None."""
     index = torch.randint(len(images), (n,), device=images.device)
     x1 = to_floats(images[index])
     # mirroring doubles the data; on reflow's pairs it would tear z1 from its z0
@@ -1001,16 +988,19 @@ def draw_independent(images, labels, n):
 
 
 def make_pairs(velocity, seed, index, config):
-    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these numbers.  index: (B,).
+    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these indices (B,).
 
-    z0 is a function of seed and number: nobody has to store it, and every process can have it again.
+    z0 is a function of seed and index: nobody has to store it, and every process can compute it again.
     """
     z0 = pair_noise(seed, index, velocity.shape)
     return z0, sample(velocity, z0, index, config.pair_steps, config.pair_solver)
 
 
 def draw_stored(z1, seed, classes, n):
-    """A reflow round's coupling: one number picks both ends.  z1: bytes (N, C, H, W) of make_pairs with this seed."""
+    """A reflow round's coupling: one index picks both ends.  z1: uint8 (N, C, H, W) of make_pairs with this seed.
+
+    Pair i was made with the label i % classes.
+    """
     index = torch.randint(len(z1), (n,), device=z1.device)
     x0 = pair_noise(seed, index, z1.shape[1:])
     return x0, to_floats(z1[index]), index % classes if classes else None
@@ -1019,15 +1009,16 @@ def draw_stored(z1, seed, classes, n):
 def pair_loss(model, ema, step, draw, n):
     """|x1 - x0 - v(x_t, t)|^2 at x_t = (1 - t) x0 + t x1, t ~ U[0, 1] [Liu+22 eq. 1].  Returns (n,).
 
-    The loss of every round: rounds differ in draw alone, which is n -> x0, x1 (n, C, H, W), labels (n,) or None.
+    The loss of every round; only draw is another: n -> x0, x1 (n, C, H, W), labels (n,) or None.
     """
     x0, x1, labels = draw(n)
     t = torch.rand(n, device=x0.device)
-    return flow_matching_loss(partial(model, labels=labels), x0, x1, t)
+    v = model(interpolate(x0, x1, t), t, labels)
+    return (v - (x1 - x0)).square().flatten(1).mean(1)
 
 
 def write_pairs(run, name, velocity, stream):
-    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as bytes, config.shard of them in a file."""
+    """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
     shards = torch.arange(config.pairs, device=run.device).split(config.shard)
@@ -1036,7 +1027,7 @@ def write_pairs(run, name, velocity, stream):
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
         z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
-        if not z1.isfinite().all():                         # as bytes nobody would notice
+        if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
         save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
         if STOP:
@@ -1045,7 +1036,7 @@ def write_pairs(run, name, velocity, stream):
 
 
 def load_pairs(run, name):
-    """All z1 that write_pairs stored, in order: bytes (N, C, H, W) on the device."""
+    """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
     count = math.ceil(run.config.pairs / run.config.shard)
     paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
     return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
@@ -1156,7 +1147,8 @@ def inception_features(run):
     run.wait()
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
-    return partial(call_inception, torch.jit.load(path, map_location=run.device).eval())    # checked: it is a program
+    network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
+    return partial(call_inception, network)
 
 
 @torch.no_grad()
@@ -1166,7 +1158,7 @@ def call_inception(network, images):
 
 
 def pair_noise(seed, index, shape):
-    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise, on any device, anew.
+    """Standard normal z0 (B, *shape) as a pure function of seed and index (B,): any pair's noise can be computed again.
 
     splitmix64 [Steele, Lea, Flood 2014] scrambles a counter into 64 random bits; Box-Muller makes them Gaussian.
     """
@@ -1190,7 +1182,7 @@ def to_bytes(images):
 
 
 def to_device(images, device):
-    """The whole set as bytes on the device, in the layout of the network; indexing keeps both."""
+    """The whole set as uint8 on the device, on CUDA in the network's layout; indexing keeps both."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return images.to(device).contiguous(memory_format=layout)
 
@@ -1213,7 +1205,7 @@ def shape_distances(x, y, r):
 
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
-    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: picture i is free of n
+    u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     kind = (u[:, 0] * len(SHAPES)).long()
     colour = (u[:, 1] * len(COLOURS)).long()
     ground = (u[:, 2] * len(BACKGROUNDS)).long()
@@ -1274,7 +1266,7 @@ def load_folder(run):
     good = [i for i, image in enumerate(images) if image is not None]
     bad = [path for (path, _), image in zip(files, images) if image is None]
     if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images:", *bad[:3], "..." * (len(bad) > 3), file=sys.stderr)
+        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
     used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
@@ -1318,8 +1310,8 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
 
         v = (s^2 t - (1 - t)) / D x_t + s / sqrt(D) F(x_t / sqrt(D), ln(sigma) / 4),   D = (1 - t)^2 + s^2 t^2
 
-    where sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for data ~ N(0, s^2);
-    at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
+    where s = sigma_data and sigma = (1 - t) / t is the noise-to-signal ratio.  The first term is the exact answer for
+    data ~ N(0, s^2); at t = 0 it is -x_t, so that one Euler step x0 + v = s F holds no leftover noise.
     network: (x, noise_label (B,)) -> (B, *D);  xt: (B, *D);  t: (B,) in [0, 1].
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
@@ -1349,7 +1341,9 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention."""
+    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention.
+
+    Left out of the formula: dropout before conv1, and resampling of h and x."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
@@ -1384,7 +1378,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; as is: CIFAR-10."""
+    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
@@ -1435,7 +1429,7 @@ class UNet(nn.Module):
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
                 labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
-            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # variance one per entry
+            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
@@ -1447,7 +1441,7 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
-        *blocks, (_, norm), (_, head) = self.dec.items()
+        *blocks, (_, norm), (_, head) = self.dec.items()        # the last two are aux_norm and aux_conv
         for name, block in blocks:
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         return head(F.silu(norm(x)))
@@ -1508,7 +1502,7 @@ def load_lpips(net, weights):
             own = {name: state["features." + name.split(".", 1)[1]] for name in network.net.state_dict()}
             network.net.load_state_dict(own)
         return network
-    except Exception as error:                              # no network, half a download, no such file, ...
+    except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
 
