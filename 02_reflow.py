@@ -665,7 +665,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
+    """F(x, noise_label): level l has size image_size / 2^l and model_channels · mult[l] channels; default: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
