@@ -237,17 +237,13 @@ class Config:
     lpips_size: Annotated[int, 32, 1024] = 32               # pictures are resized to this side for LPIPS
     lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
     eval_size: Annotated[int, 2, 10 ** 7] = 512             # samples of every measurement
-    fid: bool = False                                       # true FID: Inception in place of small random features
-    data_dir: str = "data"                                  # where the Inception network is kept
-    download: bool = False                                  # fetch it if missing
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     compile: bool = True                                    # torch.compile the network (CUDA only)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
-    may_change: ClassVar = {"seeds", "checkpointing", "data_dir", "download", "log_every", "device", "compile", "out",
-                            "fresh"}
+    may_change: ClassVar = {"seeds", "checkpointing", "log_every", "device", "compile", "out", "fresh"}
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                        # one GPU: the tiny chain at 64 x 64 with wider networks
@@ -307,7 +303,6 @@ def main(config):
     check_settings(run)
     texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
-    yardstick = choose_features(run)
     if config.model and run.rank == 0:
         load_pipeline(config.model)                         # one process downloads, the others find the files
     run.wait()
@@ -318,7 +313,7 @@ def main(config):
     distance = partial(picture_distance, pipe.vae, perceptual)
     networks = [students(run, pipe, prompts, distance, seed) for seed in range(config.seeds)]
     if run.rank == 0:
-        report(run, pipe, prompts, networks, yardstick)
+        report(run, pipe, prompts, networks)
 
 
 def students(run, pipe, prompts, distance, seed):
@@ -334,20 +329,21 @@ def students(run, pipe, prompts, distance, seed):
     flow = train_student(run, f"2-rf-{seed}", start, partial(draw, dropout=config.caption_dropout), phases)
 
     straight = Sampler(pipe, prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
-    own_noise = seed_for(config.seed, 4, seed)
-    write_pairs(run, f"2-rf-{seed}", straight, own_noise, config.pairs)
-    own = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), own_noise, prompts)
+    flow_noise = seed_for(config.seed, 4, seed)
+    write_pairs(run, f"2-rf-{seed}", straight, flow_noise, config.pairs)
+    flow_draw = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), flow_noise, prompts)
     deepen = StackedUNet if config.unet == "stacked" else copy.deepcopy
     phases = distill_phases(config, distance, 0)
-    found = {"2-rf": flow, "distilled": train_student(run, f"distilled-{seed}", deepen(flow), own, phases)}
+    networks = {"2-rf": flow}
+    networks["distilled"] = train_student(run, f"distilled-{seed}", deepen(flow), flow_draw, phases)
     if config.direct:                                       # without reflow: as long, and as long as both together
-        found["direct"] = train_student(run, f"direct-{seed}", deepen(start), draw, phases)
+        networks["direct"] = train_student(run, f"direct-{seed}", deepen(start), draw, phases)
         draw = partial(draw_stored, load_pairs(run, "teacher", 2 * config.pairs), noise, prompts)
         phases = distill_phases(config, distance, sum(config.reflow_steps))
-        found["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
-    for name, unet in found.items():
+        networks["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
+    for name, unet in networks.items():
         save_student(run, f"{name}-{seed}", pipe, unet)
-    return found
+    return networks
 
 
 def distill_phases(config, distance, more):
@@ -398,40 +394,40 @@ def check_settings(run):
             f"--image-size {config.image_size} cannot be halved {halvings} times")
     with torch.device("meta"):                              # no memory, no time: do the widths make sense?
         configs = tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
-        [cls.from_config(configs[name]) for name, cls in NETWORKS.items()]
+        [from_config(network, configs[name]) for name, network in NETWORKS.items()]
 
 
 # Differs from 03_improved_training.py: caption accuracy beside the Frechet distance, of text-to-image networks
-def report(run, pipe, prompts, networks, yardstick):
+def report(run, pipe, prompts, networks):
     """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, by seed."""
     config, texts = run.config, prompts.texts
-    features, label = yardstick
-    results, shown = {}, {}
-    real = None                                             # without data, the teacher's pictures are the measure
+    features = RandomFeatures().to(run.device)
+    results, pictures = {}, {}
+    data = None                                             # without data, the teacher's pictures are the measure
     if not config.model:
         images, _, _ = shapes(config.data_size, config.image_size, config.seed)
-        real = feature_moments(images, features, run.device)
+        data = feature_moments(images, features, run.device)
     readable = set(texts) <= set(shape_captions())          # other prompts cannot be read off a picture
-    for found in [{"teacher": pipe.unet}, *networks]:       # the teacher has no seeds
-        for heading, sampler in samplers(run, pipe, prompts, found).items():
+    for group in [{"teacher": pipe.unet}, *networks]:       # the teacher has no seeds
+        for heading, sampler in samplers(run, pipe, prompts, group).items():
             images = generate(sampler, run)
-            seen = feature_moments(images, features, run.device)
-            real = real or seen
-            row = {"FD": frechet_from_moments(*seen, *real), "NFE": sampler.evaluations / len(images), "accuracy": None}
+            made = feature_moments(images, features, run.device)
+            data = data or made
+            row = {"FD": frechet_from_moments(*made, *data), "NFE": sampler.evaluations / len(images), "accuracy": None}
             if readable:
                 right = [text == texts[i % len(texts)] for i, text in enumerate(captions_of(images))]
                 row["accuracy"] = sum(right) / len(right)
             results.setdefault(heading, []).append(row)
-            shown.setdefault(heading, images)               # of the first seed
-    save_json(run.folder / "results.json", {"distance": label, "samples": config.eval_size, "networks": results})
-    print_table(results, label)
-    draw_grid(shown, texts, run.folder / "grid.png")
+            pictures.setdefault(heading, images)            # of the first seed
+    save_json(run.folder / "results.json", {"samples": config.eval_size, "networks": results})
+    print_table(results, config.eval_size)
+    draw_grid(pictures, texts, run.folder / "grid.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
 
 
 def samplers(run, pipe, prompts, networks):
     """What is compared: heading -> Sampler, of the U-Nets in networks: name -> U-Net."""
-    found = {}
+    compared = {}
     for name, heading, solver, steps in (
             ("teacher", "teacher", "dpm", run.config.solver_steps), ("teacher", "teacher as velocity", "ddim", 1),
             ("teacher", "teacher as velocity", "ddim", 4), ("2-rf", "2-RF", "euler", 1), ("2-rf", "2-RF", "euler", 4),
@@ -440,14 +436,15 @@ def samplers(run, pipe, prompts, networks):
         if name in networks:
             guidance = run.config.guidance if name == "teacher" else 1.0        # students have it in their weights
             sampler = Sampler(pipe, prompts, networks[name], solver, steps, guidance)
-            found[f"{heading}, {steps} step{'s' if steps > 1 else ''}"] = sampler
-    return found
+            compared[f"{heading}, {steps} step{'s' if steps > 1 else ''}"] = sampler
+    return compared
 
 
 # Differs from 03_improved_training.py: accuracy and Frechet distance of every network
-def print_table(results, label):
+def print_table(results, size):
     """Mean over seeds of every number, and its spread.  results: heading -> a row for each seed."""
-    print(f"\n{label}; accuracy: share of pictures whose caption reads as it was asked; NFE evaluations a picture")
+    print(f"\naccuracy: share of {size} pictures whose caption reads as asked; FD: Frechet distance of seeded random "
+          "features; NFE: evaluations a picture")
     print(f"{'':<34}    NFE  accuracy       +-        FD       +-")
     for heading, rows in results.items():
         cells = ""
@@ -474,7 +471,7 @@ def tiny_teacher(run):
     tokenizer = CLIPTokenizer(run.folder / "tokenizer" / "vocab.json", run.folder / "tokenizer" / "merges.txt")
     configs = tiny_configs(config, tokenizer.vocab)
     torch.manual_seed(seed_for(config.seed, 0))             # the start weights of all three
-    fresh = {name: cls.from_config(configs[name]) for name, cls in NETWORKS.items()}
+    fresh = {name: from_config(network, configs[name]) for name, network in NETWORKS.items()}
 
     images = images.to(run.device)
     draw = partial(draw_rows, config.vae_batch // (run.world * config.accumulate), images)
@@ -596,10 +593,8 @@ class Prompts:
 
     @torch.no_grad()
     def encode(self, tokens):
-        """Tokens (B, L) -> states (B, L, C), in float32."""
-        device = next(self.encoder.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return self.encoder(tokens.to(device)).float()
+        """Tokens (B, L) -> states (B, L, C)."""
+        return self.encoder(tokens.to(next(self.encoder.parameters()).device))
 
     def __call__(self, index):
         index = index % len(self.texts)
@@ -708,14 +703,14 @@ def captions_of(images, tolerance=0.15):
     front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
     pixels = (images - grounds[ground][:, :, None, None]).flatten(2)               # (B, 3, S S)
     covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
-    off = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
-    colour = off.argmin(1)
+    rest = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
+    colour = rest.argmin(1)
     rows = torch.arange(len(images))
     cover = covers[rows, colour].reshape(-1, 1, size, size)
     flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
     areas = flat.square().sum((1, 2, 3))
     left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
-    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + off[rows, colour])[:, None]
+    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + rest[rows, colour])[:, None]
     best = left.argmin(1)                                                          # the best place of every template
     seen = left[rows, best] < tolerance * areas[best]
     kind = best // templates.shape[1]
@@ -741,8 +736,7 @@ def draw_grid(columns, texts, path, each=3, rows=8):
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
     for i, panel in zip(chosen, axes[:, 0]):
-        label = textwrap.fill(textwrap.shorten(texts[i], 60), 20)
-        panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        panel.set_ylabel(textwrap.fill(texts[i][:60], 20), rotation=0, ha="right", va="center", fontsize=8)
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
@@ -767,8 +761,8 @@ def sample_main(config):
     count = config.count or 4
     path = Path(config.out or "sample.png")
     require("".join(config.prompt).strip() or not config.model, '--prompt "..." is missing: what shall be drawn?')
-    known = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE        # fails here, not after the work
-    require(known, f"cannot write {path}: name a picture, such as {path.stem}.png")
+    writable = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
+    require(writable, f"cannot write {path}: name a picture, such as {path.stem}.png")
     if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
     sampler = open_sampler(run, [*config.prompt], few=256)
@@ -790,14 +784,14 @@ def evaluate_main(config):
     judge = CLIP(config.clip) if config.clip else None
     sampler = open_sampler(run, captions, few=0)            # no text is kept: reading them is timed, too
     numbers = torch.arange(len(captions), device=run.device)
-    seconds, scores, seen = [], [], []
+    seconds, scores, rows = [], [], []
     clock = time.perf_counter()
     for images in tqdm(pictures(sampler, seed_for(config.seed), numbers, numbers, config.batch), disable=None):
         images = images.cpu()                               # waits for the GPU
         seconds.append(time.perf_counter() - clock)
         if features:                                        # samples and real images of COCO are compared at 256 x 256
             small = F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)
-            seen.append(features(small.to(run.device)).cpu())
+            rows.append(features(small.to(run.device)).cpu())
         if judge:
             texts = judge.embed_texts(captions[len(scores):len(scores) + len(images)])
             scores += (judge.embed_images(images) * texts).sum(1).tolist()
@@ -806,7 +800,7 @@ def evaluate_main(config):
               "seconds per batch": float(np.median(seconds[len(seconds) > 1:]))}    # the first batch also warms up
     if features:
         real = real_features(features, config.real, run.device)
-        result["FID"] = frechet_from_moments(*moments(torch.cat(seen)), *moments(real))
+        result["FID"] = frechet_from_moments(*moments(torch.cat(rows)), *moments(real))
     if judge:
         result["CLIP score"] = sum(scores) / len(scores)
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
@@ -1011,33 +1005,22 @@ PUBLIC = dict(block_out_channels="channels", layers_per_block="layers", attentio
 FIXED = dict(act_fn="silu", norm_eps=1e-5, layer_norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0)
 
 
-class Public(nn.Module):
-    """A network that is built from the config.json of a public checkpoint."""
-
-    @classmethod
-    def from_config(cls, config):
-        """UserError for settings that only other networks have, as far as the weights will not tell."""
-        try:
-            known = arguments(cls, config)
-            for key, value in FIXED.items():
-                require(config.get(key, value) == value, f"{key} = {config.get(key)!r}")
-            if "attention" in known:
-                kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-                known["attention"] = [kinds[kind] for kind in known["attention"]]
-            return cls(**known)
-        except (UserError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-            raise UserError(f"no {cls.__name__} of these settings: {one_line(error)}") from None
-
-
-def arguments(network, config):
-    """The arguments of a network that a public config names.  UserError for no sense, such as 10^12 layers."""
+def from_config(network, config):
+    """A network of the sizes in a public config.json.  UserError for settings that only other networks have."""
     wanted = inspect.signature(network).parameters
-    found = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted and value is not None}
-    for name, value in found.items():
-        if isinstance(value, (int, float)):
-            possible = value is not True and 0 < value <= (100 if name == "layers" else 2 ** 20)
-            require(possible, f"{name} = {value} is out of any range")
-    return found
+    sizes = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted and value is not None}
+    try:
+        for key, value in FIXED.items():
+            require(config.get(key, value) == value, f"{key} = {config.get(key)!r}")
+        for name, value in sizes.items():                   # with 10^12 layers, building would not come to an end
+            possible = not isinstance(value, (int, float)) or 0 < value <= (100 if name == "layers" else 2 ** 20)
+            require(possible and value is not True, f"{name} = {value} is out of any range")
+        if "attention" in sizes:
+            kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+            sizes["attention"] = [kinds[kind] for kind in sizes["attention"]]
+        return network(**sizes)
+    except (UserError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise UserError(f"no {network.__name__} of these settings: {one_line(error)}") from None
 
 
 def require(condition, message):
@@ -1077,7 +1060,7 @@ def clip_layers(count, *sizes):
     return nn.ModuleDict({"layers": nn.Sequential(*(CLIPLayer(*sizes) for _ in range(count)))})
 
 
-class CLIPTextEncoder(Public):
+class CLIPTextEncoder(nn.Module):
     """CLIP's text transformer [Radford+21]: token numbers (B, N <= length) -> one state per token (B, N, width)."""
 
     def __init__(self, vocab=49408, width=768, layers=12, heads=12, length=77, inner=3072, act="quick_gelu"):
@@ -1224,7 +1207,7 @@ def recompute(wanted, function, *inputs):
 
 
 # Differs from 02_reflow.py: Stable Diffusion's, which reads text
-class UNet(Public):
+class UNet(nn.Module):
     """Stable Diffusion's U-Net: x (B, in_channels, h, w), timestep (B,), text (B, M, context) -> (B, out, h, w).
 
     channels: width of each resolution;  layers: ResBlocks of each;  attention: which of them read the text.
@@ -1302,18 +1285,13 @@ class StackedUNet(nn.Module):
         self.checkpointing = self.a.checkpointing
         del self.a.conv_norm_out, self.a.conv_out, self.b.conv_in
 
-    @classmethod
-    def from_config(cls, config):
-        """Two U-Nets of this unet/config.json."""
-        return cls(UNet.from_config(config))
-
     def forward(self, x, timestep, text):
         self.a.checkpointing = self.b.checkpointing = self.checkpointing
         h = self.a.body(self.a.conv_in(x), timestep, text)
         return self.b.head(self.b.body(h, timestep, text))
 
 
-class VAE(Public):
+class VAE(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, latent, H/8, W/8) with the four default channels.
 
     encode gives mean and log-variance of q(z | x), decode takes z.  Diffusion runs in scale * z, of unit variance.
@@ -1391,16 +1369,14 @@ class CLIP(CLIPTextEncoder):
     """CLIP [Radford+21] with both towers, from a public folder: pictures and texts -> vectors of length one."""
 
     def __init__(self, folder):
-        config = read_json(Path(folder) / "config.json")
-        try:                                                # files leave out what equals the format's defaults
-            text = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8) | config["text_config"]
-            image = dict(hidden_size=768) | config["vision_config"]
-            super().__init__(**arguments(CLIPTextEncoder, text))
-            self.vision_model = CLIPVision(**arguments(CLIPVision, image))
-            self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
-            self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
-        except (UserError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise UserError(f"{folder}/config.json describes no CLIP with two towers: {one_line(error)}") from None
+        nn.Module.__init__(self)
+        config = read_json(Path(folder) / "config.json")    # files leave out what equals the format's defaults
+        text = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8) | config.get("text_config", {})
+        image = dict(hidden_size=768) | config.get("vision_config", {})
+        self.text_model = from_config(CLIPTextEncoder, text).text_model
+        self.vision_model = from_config(CLIPVision, image)
+        self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
+        self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
         load_weights(self, fetch(folder, "model.safetensors")).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer(fetch(folder, "vocab.json"), fetch(folder, "merges.txt"))
@@ -1543,20 +1519,20 @@ def merge_delta(unet, base, target, scale=1.0):
 
 def fetch(source, name):
     """This file of the folder `source`, or of the repository owner/name, which is kept in runs/cache."""
-    folder = Path(source)
-    if not folder.is_dir():
+    path = Path(source) / name
+    if not Path(source).is_dir():
         require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)),
                 f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
-        folder = Path("runs/cache") / str(source).replace("/", "--")
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        if not (folder / name).exists():
-            download(f"{hub}/{source}/resolve/main/{name}", folder / name)
-    require((folder / name).is_file(), f"{source} has no {name}")
-    return folder / name
+        path = Path("runs/cache") / str(source).replace("/", "--") / name
+        if not path.exists():
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            download(f"{hub}/{source}/resolve/main/{name}", path)
+    require(path.is_file(), f"{source} has no {name}")
+    return path
 
 
 def download(url, path):
-    """A whole file.  (torch.hub.download_url_to_file keeps what has broken off.)"""
+    """A file, whole or not at all.  (torch.hub.download_url_to_file would keep a part.)"""
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, replacing(path) as part, open(part, "wb") as file:
             size = int(reply.headers["Content-Length"] or 0)
@@ -1593,11 +1569,12 @@ def load_pipeline(source):
     tokenizer = CLIPTokenizer(fetch(source, "tokenizer/vocab.json"), fetch(source, "tokenizer/merges.txt"))
     configs = {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
     parts = {}
-    for name, cls in NETWORKS.items():
+    for name, network in NETWORKS.items():
         configs[name] = read_json(fetch(source, f"{name}/config.json"))
-        stacked = configs[name].get("_class_name") == "StackedUNet"
         with torch.device("meta"):                          # no memory, no time: the weights come from the file
-            module = (StackedUNet if stacked else cls).from_config(configs[name])
+            module = from_config(network, configs[name])
+        if configs[name].get("_class_name") == "StackedUNet":
+            module = StackedUNet(module)
         parts[name] = load_weights(module, fetch(source, WEIGHTS[name]))
     wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
     given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
@@ -2077,14 +2054,6 @@ def feature_moments(images, features, device):
         batch = batch.to(device)
         rows.append(features(to_floats(batch) if batch.dtype == torch.uint8 else batch).cpu())
     return moments(torch.cat(rows))
-
-
-def choose_features(run):
-    """The feature network of the Frechet distance and its honest name."""
-    if run.config.fid:
-        return inception_features(run), f"FID ({run.config.eval_size} samples, training-set statistics)"
-    name = f"Frechet distance of seeded random features, {run.config.eval_size} samples"
-    return RandomFeatures().to(run.device), name
 
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
