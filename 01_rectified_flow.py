@@ -111,13 +111,13 @@ class Config:
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 200                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = True                                    # torch.compile the network (CUDA only)
+    compile: bool = False                                   # torch.compile the network (CUDA only; pays in long runs)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
     may_change: ClassVar = {"log_every", "device", "compile", "out", "fresh"}       # also when a run is continued
     presets: ClassVar = {
         "quick": {},
-        "gpu": dict(steps=20000, batch=16384, width=256, pairs=1 << 20, eval_size=200000, w2_size=4096),
+        "gpu": dict(steps=20000, batch=16384, width=256, pairs=1 << 20, eval_size=200000, w2_size=4096, compile=True),
     }
 
 
@@ -542,8 +542,9 @@ def accelerate(model, config):
 
 
 def compile_network(model, config):
-    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
-    if config.compile and next(model.parameters()).device.type == "cuda":
+    """torch.compile on CUDA, once and in place: the names of the weights stay as they are."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.compile and on_cuda and model._compiled_call_impl is None:
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)

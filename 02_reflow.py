@@ -142,7 +142,7 @@ class Config:
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = True                                    # torch.compile the network (CUDA only)
+    compile: bool = False                                   # torch.compile the network (CUDA only; pays in long runs)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
     may_change: ClassVar = {"data_dir", "download", "log_every", "device", "compile", "out", "fresh"}
@@ -151,12 +151,12 @@ class Config:
         "gpu": dict(                                        # one GPU, about half an hour: DDPM++ at half its depth
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=5000, lr=4e-4, warmup=500, ema_decay=0.999,
-            pairs=50000, pair_steps=18, shard=500, eval_size=10000, digits=4, log_every=500),
+            pairs=50000, pair_steps=18, shard=500, eval_size=10000, digits=4, log_every=500, compile=True),
         "paper": dict(                                      # [Liu+22] appendix: pairs by rk45 (its 1-RF: EMA 0.999999)
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=128, steps=600000, reflow_steps=300000, lr=2e-4, warmup=5000, lr_decay="constant",
             ema_decay=0.9999, pairs=4000000, pair_solver="rk45", pair_steps=5, shard=1000, eval_size=50000,
-            digits=5, log_every=500),
+            digits=5, log_every=500, compile=True),
     }
 
 
@@ -194,15 +194,16 @@ def write_pairs(run, name, velocity, stream):
     """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
-    shards = torch.arange(config.pairs, device=run.device).split(config.shard)
-    for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
+    count = math.ceil(config.pairs / config.shard)
+    for i in tqdm(range(run.rank, count, run.world), f"pairs for {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
+        index = torch.arange(i * config.shard, (i + 1) * config.shard, device=run.device)      # whole: one compilation
+        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), index, config)
         if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
-        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
+        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1[:config.pairs - i * config.shard]).cpu())
         if STOP:
             raise KeyboardInterrupt
     run.wait()
@@ -210,9 +211,13 @@ def write_pairs(run, name, velocity, stream):
 
 def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
-    count = math.ceil(run.config.pairs / run.config.shard)
-    paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
-    return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
+    pairs = run.config.pairs
+    for first in range(0, pairs, run.config.shard):
+        z1 = load_checkpoint(run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt")["z1"]
+        if first == 0:                                      # may be most of the memory: it is there once
+            images = to_device(torch.empty(pairs, *z1.shape[1:], dtype=torch.uint8), run.device)
+        images[first:first + len(z1)] = z1.to(run.device)
+    return images
 
 
 def load_flow(path, run, channels, classes):
@@ -260,7 +265,7 @@ def evaluate(velocity, real, features, run):
         images, result["NFE"][name] = generate(velocity, run, steps, method)
         result["FD"][name] = frechet_from_moments(*feature_moments(images, features, run.device), *real)
         pictures[name] = images[:12]
-    index = torch.arange(min(256, run.config.eval_size), device=run.device)
+    index = torch.arange(run.config.shard, device=run.device)
     x0 = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
     by_time = straightness_by_time(flow, x0, 10)
@@ -300,15 +305,26 @@ class Velocity:
         with self.autocast:
             return self.flow(x, t, labels).float()
 
+    @torch.no_grad()
+    def precise(self, x, t, labels=None):
+        """All in float32: rk45 would take the rounding of bf16 and TF32 for errors of its steps, and halve them."""
+        self.evaluations += 1
+        torch.set_float32_matmul_precision("highest")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            v = self.flow.forward(x, t, labels)             # not the compiled graph
+        torch.set_float32_matmul_precision("high")
+        return v
+
 
 def sample(velocity, z0, index, steps, method="euler"):
     """Where the flow carries z0 (B, C, H, W) of the pairs of these numbers: pair i has label i modulo the classes.
 
     method: euler or heun in so many steps; rk45 chooses its steps, to a tolerance of 10^-steps.
     """
-    flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
+    labels = index % velocity.classes if velocity.classes else None
     if method == "rk45":
-        return integrate_adaptive(flow, z0, 10.0 ** -steps)
+        return integrate_adaptive(partial(velocity.precise, labels=labels), z0, 10.0 ** -steps)
+    flow = partial(velocity, labels=labels)
     return integrate(flow, z0, steps, method)[-1]
 
 
@@ -328,10 +344,11 @@ def generate(velocity, run, steps, method="euler"):
     seed = seed_for(run.config.seed, 999)                   # new noises, the same for every network and solver
     before = velocity.evaluations
     images = []
-    for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
+    for first in range(0, run.config.eval_size, run.config.shard):
+        index = torch.arange(first, first + run.config.shard, device=run.device)       # whole shards: one compilation
         z0 = pair_noise(seed, index, velocity.shape)
         images.append(sample(velocity, z0, index, steps, method).cpu())
-    return torch.cat(images).clamp(-1, 1), (velocity.evaluations - before) / len(images)
+    return torch.cat(images)[:run.config.eval_size].clamp(-1, 1), (velocity.evaluations - before) / len(images)
 
 
 def straightness_by_time(velocity, x0, steps):
@@ -603,7 +620,7 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
     variance = (1 - time) ** 2 + (sigma_data * time) ** 2
-    output = network(xt / variance.sqrt(), torch.logit(1 - t, eps=1e-5) / 4)
+    output = network(xt / variance.sqrt(), -torch.logit(t, eps=1e-5) / 4)
     return (sigma_data ** 2 * time - (1 - time)) / variance * xt + sigma_data / variance.sqrt() * output
 
 
@@ -680,6 +697,9 @@ class UNet(nn.Module):
             self.map_label = xavier(nn.Linear(classes, model_channels))
         self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
         self.map_layer1 = xavier(nn.Linear(emb_dim, emb_dim))
+        # buffers move with the network, wherever it is exported to; they are not saved
+        self.register_buffer("frequencies", 10000 ** -torch.linspace(0, 1, model_channels // 2), persistent=False)
+        self.register_buffer("numbers", torch.arange(classes), persistent=False)
         block = partial(UNetBlock, emb_dim=emb_dim, dropout=dropout)
         levels = [(image_size >> level, m * model_channels) for level, m in enumerate(mult)]
         width = model_channels
@@ -708,14 +728,13 @@ class UNet(nn.Module):
 
     def embed(self, noise_label, labels):
         """sin(f·s), cos(f·s) of the noise label s at frequencies f = 1 ... 1/10000, plus the class, through an MLP."""
-        steps = torch.linspace(0, 1, self.map_layer0.in_features // 2, device=noise_label.device)
-        angles = noise_label.float()[:, None] * 10000**-steps       # float32 even under autocast: bf16 merges nearby s
+        angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
             if labels is None:
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
-                labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
+                labels = labels[:, None] == self.numbers    # (b, classes)
             emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
@@ -901,8 +920,9 @@ def accelerate(model, config):
 
 
 def compile_network(model, config):
-    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
-    if config.compile and next(model.parameters()).device.type == "cuda":
+    """torch.compile on CUDA, once and in place: the names of the weights stay as they are."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.compile and on_cuda and model._compiled_call_impl is None:
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)

@@ -200,14 +200,14 @@ class Config:
     lr: Amount = 6e-3                                       # peak learning rate
     lr_decay: Literal["cosine", "constant"] = "cosine"      # learning rate after the warm-up: down to 0, or as it is
     warmup: Whole = 50                                      # steps of linear warm-up
-    grad_clip: Amount = 1.0                                 # largest gradient norm
+    grad_clip: Amount = 1.0                                 # largest gradient norm; keeps short runs steady
     ema_decay: Share = 0.998                                # decay of the averaged weights
     eval_size: Annotated[int, 2, 10 ** 7] = 500             # samples of a Frechet distance (the paper uses 50000)
     fid: bool = False                                       # true FID: Inception in place of small random features
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = True                                    # torch.compile the network (CUDA only)
+    compile: bool = False                                   # torch.compile the network (CUDA only; pays in long runs)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
     may_change: ClassVar = {"data_dir", "download", "configs", "ablate", "seeds", "log_every", "device", "compile",
@@ -218,13 +218,13 @@ class Config:
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=10000, reflow_steps=3000, lr=4e-4, warmup=500, ema_decay=0.999, pairs=50000,
             real_pairs=10000, real_steps=300, invert_noise=0.01, pair_steps=18, shard=500, lpips_net="vgg",
-            lpips_size=64, lpips_weights="pretrained", lpips_weight=1.0, eval_size=10000, log_every=500),
+            lpips_size=64, lpips_weights="pretrained", lpips_weight=1.0, eval_size=10000, log_every=200, compile=True),
         "paper": dict(                                      # [Lee+24] CIFAR-10; bring the EDM teacher with --teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.13, batch=128, big_batch=4, steps=400000, reflow_steps=800000, lr=2e-4, lr_decay="constant",
             warmup=5000, ema_decay=0.9999, pairs=1000000, real_pairs=50000, real_steps=5000, invert_noise=0.001,
             pair_solver="edm", pair_steps=18, shard=1000, lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
-            lpips_weight=1.0, eval_size=50000, log_every=2000),
+            lpips_weight=1.0, grad_clip=1e9, eval_size=50000, log_every=200, compile=True),
     }
 
 
@@ -305,8 +305,9 @@ def report(flows, draw, features, data, run):
     images, labels, class_names = data
     feature_network, distance = features
     real = feature_network, feature_moments(images, feature_network, run.device)
-    few = to_floats(images[:200]), labels if labels is None else labels[:200]
-    index = torch.arange(min(12, run.config.eval_size), device=run.device)
+    shard = run.config.shard                                # batches of one size: a compiled network takes one shape
+    few = to_floats(images[:shard]), labels if labels is None else labels[:shard]
+    index = torch.arange(shard, device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, images.shape[1:])
     velocities = {name: [Velocity(flow, run.config) for flow in flows[name]] for name in flows}
     results = {}
@@ -314,12 +315,13 @@ def report(flows, draw, features, data, run):
     for name in flows:
         results[name] = [evaluate(velocity, draw, real, few, run) for velocity in velocities[name]]
         for steps in (1, 2, 20):
-            strips[f"{name}, N = {steps}"] = sample(velocities[name][0], noise, index, steps).cpu()
+            strips[f"{name}, N = {steps}"] = sample(velocities[name][0], noise, index, steps)[:12].cpu()
     save_json(run.folder / "results.json", {"distance": distance, "configurations": results})
     print_table(results, distance, run)
     draw_samples(strips, run.folder / "samples.png")
     best = min(results, key=lambda name: results[name][0]["mse"]["8"])      # who reconstructs best edits best
-    draw_samples(edit(velocities[best][0], *few, class_names, run), run.folder / "editing.png")
+    eager = Velocity(copy.deepcopy(flows[best][0]), dataclasses.replace(run.config, compile=False))
+    draw_samples(edit(eager, *few, class_names, run), run.folder / "editing.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
 
 
@@ -369,12 +371,12 @@ def evaluate(velocity, draw, real, few, run):
     for name, steps, method in [("1", 1, "euler"), ("2", 2, "euler"), ("4", 4, "euler"), ("4 new", 4, "new")]:
         images, _ = generate(velocity, run, steps, method)
         row["FD"][name] = frechet_from_moments(*feature_moments(images, feature_network, run.device), *moments_of_data)
-    index = torch.arange(min(256, run.config.eval_size), device=run.device)
+    index = torch.arange(run.config.shard, device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     noise_labels = index % velocity.classes if velocity.classes else None
     row["S"] = straightness(partial(velocity, labels=noise_labels), noise, 10)
     torch.manual_seed(run.config.seed)
-    x0, x1, pair_labels = draw(500)
+    x0, x1, pair_labels = draw(run.config.shard)
     row["error_by_t"] = loss_by_time(partial(velocity, labels=pair_labels), x0, x1, bins=5).tolist()
     torch.manual_seed(seed_for(run.config.seed, 4))         # every network inverts the same slightly noisy pictures
     pictures, labels = few
@@ -683,8 +685,9 @@ def accelerate(model, config):
 
 
 def compile_network(model, config):
-    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
-    if config.compile and next(model.parameters()).device.type == "cuda":
+    """torch.compile on CUDA, once and in place: the names of the weights stay as they are."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.compile and on_cuda and model._compiled_call_impl is None:
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
@@ -960,15 +963,16 @@ def write_pairs(run, name, velocity, stream):
     """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
-    shards = torch.arange(config.pairs, device=run.device).split(config.shard)
-    for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
+    count = math.ceil(config.pairs / config.shard)
+    for i in tqdm(range(run.rank, count, run.world), f"pairs for {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
+        index = torch.arange(i * config.shard, (i + 1) * config.shard, device=run.device)      # whole: one compilation
+        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), index, config)
         if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
-        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
+        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1[:config.pairs - i * config.shard]).cpu())
         if STOP:
             raise KeyboardInterrupt
     run.wait()
@@ -976,9 +980,13 @@ def write_pairs(run, name, velocity, stream):
 
 def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
-    count = math.ceil(run.config.pairs / run.config.shard)
-    paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
-    return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
+    pairs = run.config.pairs
+    for first in range(0, pairs, run.config.shard):
+        z1 = load_checkpoint(run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt")["z1"]
+        if first == 0:                                      # may be most of the memory: it is there once
+            images = to_device(torch.empty(pairs, *z1.shape[1:], dtype=torch.uint8), run.device)
+        images[first:first + len(z1)] = z1.to(run.device)
+    return images
 
 
 def load_flow(path, run, channels, classes):
@@ -1017,16 +1025,27 @@ class Velocity:
         with self.autocast:
             return self.flow(x, t, labels).float()
 
+    @torch.no_grad()
+    def precise(self, x, t, labels=None):
+        """All in float32: rk45 would take the rounding of bf16 and TF32 for errors of its steps, and halve them."""
+        self.evaluations += 1
+        torch.set_float32_matmul_precision("highest")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            v = self.flow.forward(x, t, labels)             # not the compiled graph
+        torch.set_float32_matmul_precision("high")
+        return v
+
 
 def generate(velocity, run, steps, method="euler"):
     """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, and the evaluations that a batch of them took."""
     seed = seed_for(run.config.seed, 999)                   # new noises, the same for every network and solver
     before = velocity.evaluations
     images = []
-    for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
+    for first in range(0, run.config.eval_size, run.config.shard):
+        index = torch.arange(first, first + run.config.shard, device=run.device)       # whole shards: one compilation
         z0 = pair_noise(seed, index, velocity.shape)
         images.append(sample(velocity, z0, index, steps, method).cpu())
-    return torch.cat(images).clamp(-1, 1), (velocity.evaluations - before) / len(images)
+    return torch.cat(images)[:run.config.eval_size].clamp(-1, 1), (velocity.evaluations - before) / len(images)
 
 
 class RandomFeatures(nn.Module):
@@ -1275,7 +1294,7 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
     variance = (1 - time) ** 2 + (sigma_data * time) ** 2
-    output = network(xt / variance.sqrt(), torch.logit(1 - t, eps=1e-5) / 4)
+    output = network(xt / variance.sqrt(), -torch.logit(t, eps=1e-5) / 4)
     return (sigma_data ** 2 * time - (1 - time)) / variance * xt + sigma_data / variance.sqrt() * output
 
 
@@ -1337,7 +1356,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
+    """F(x, noise_label): level l has size image_size / 2^l and model_channels · mult[l] channels; default: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
@@ -1352,6 +1371,9 @@ class UNet(nn.Module):
             self.map_label = xavier(nn.Linear(classes, model_channels))
         self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
         self.map_layer1 = xavier(nn.Linear(emb_dim, emb_dim))
+        # buffers move with the network, wherever it is exported to; they are not saved
+        self.register_buffer("frequencies", 10000 ** -torch.linspace(0, 1, model_channels // 2), persistent=False)
+        self.register_buffer("numbers", torch.arange(classes), persistent=False)
         block = partial(UNetBlock, emb_dim=emb_dim, dropout=dropout)
         levels = [(image_size >> level, m * model_channels) for level, m in enumerate(mult)]
         width = model_channels
@@ -1380,14 +1402,13 @@ class UNet(nn.Module):
 
     def embed(self, noise_label, labels):
         """sin(f·s), cos(f·s) of the noise label s at frequencies f = 1 ... 1/10000, plus the class, through an MLP."""
-        steps = torch.linspace(0, 1, self.map_layer0.in_features // 2, device=noise_label.device)
-        angles = noise_label.float()[:, None] * 10000**-steps       # float32 even under autocast: bf16 merges nearby s
+        angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
             if labels is None:
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
-                labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
+                labels = labels[:, None] == self.numbers    # (b, classes)
             emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 

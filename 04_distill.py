@@ -217,7 +217,7 @@ class Config:
     student_lr: Amount = 3e-3                               # peak learning rate of the four methods
     lr_decay: Literal["cosine", "constant"] = "cosine"      # learning rate after the warm-up: down to 0, or as it is
     warmup: Whole = 50                                      # steps of linear warm-up
-    grad_clip: Amount = 1.0                                 # largest gradient norm
+    grad_clip: Amount = 1.0                                 # largest gradient norm; keeps short runs steady
     ema_decay: Share = 0.998                                # decay of the averaged weights
     eval_size: Annotated[int, 16, 10 ** 7] = 500            # samples of every metric (FID wants 50000)
     fid: bool = False                                       # true FID: Inception in place of small random features
@@ -227,7 +227,7 @@ class Config:
     export: str = ""                                        # file for --checkpoint's generator, see torch.export.load
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = True                                    # torch.compile the network (CUDA only)
+    compile: bool = False                                   # torch.compile the network (CUDA only; pays in long runs)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
     may_change: ClassVar = {"method", "data_dir", "download", "log_every", "device", "compile", "out", "fresh"}
@@ -236,14 +236,14 @@ class Config:
         "gpu": dict(                                        # one GPU, about half an hour after chapter 2's teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
-            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=6, levels=160, shard=500,
-            lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, log_every=500),
+            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=7, levels=160, shard=500,
+            lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, log_every=300, compile=True),
         "paper": dict(                                      # [Liu+22]'s sizes for reflow; every method costs 0.6 G
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=512, steps=600000, reflow_steps=300000, distill_steps=300000, lr=2e-4, student_lr=1e-4,
             lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, pair_steps=64, halvings=10,
             levels=1280, distance="lpips", lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
-            shard=1000, eval_size=50000, log_every=2000),
+            grad_clip=1e9, shard=1000, eval_size=50000, log_every=300, compile=True),
     }
 
 
@@ -484,14 +484,15 @@ def consistency_sample(velocity, noises, times):
 def generate(velocity, run, steps, method="euler"):
     """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, from the same noises for every network."""
     images = []
-    for index in torch.arange(run.config.eval_size, device=run.device).split(run.config.shard):
+    for first in range(0, run.config.eval_size, run.config.shard):
+        index = torch.arange(first, first + run.config.shard, device=run.device)       # whole shards: one compilation
         noises = [pair_noise(seed_for(run.config.seed, stream), index, velocity.shape) for stream in (999, 998)]
         if method == "jumps":
             flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
             images.append(consistency_sample(flow, noises[:steps], JUMP_TIMES[:steps]).cpu())
         else:
             images.append(sample(velocity, noises[0], index, steps, method).cpu())
-    return torch.cat(images).clamp(-1, 1)
+    return torch.cat(images)[:run.config.eval_size].clamp(-1, 1)
 
 
 # Differs from 02_reflow.py: no rk45
@@ -733,8 +734,9 @@ def accelerate(model, config):
 
 
 def compile_network(model, config):
-    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
-    if config.compile and next(model.parameters()).device.type == "cuda":
+    """torch.compile on CUDA, once and in place: the names of the weights stay as they are."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.compile and on_cuda and model._compiled_call_impl is None:
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
@@ -1021,15 +1023,16 @@ def write_pairs(run, name, velocity, stream):
     """Make the pairs 0 ... config.pairs - 1 of a round and store z1 as uint8, config.shard of them in a file."""
     run.claim()
     config = run.config
-    shards = torch.arange(config.pairs, device=run.device).split(config.shard)
-    for i in tqdm(range(run.rank, len(shards), run.world), f"pairs for {name}", disable=None):
+    count = math.ceil(config.pairs / config.shard)
+    for i in tqdm(range(run.rank, count, run.world), f"pairs for {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), shards[i], config)
+        index = torch.arange(i * config.shard, (i + 1) * config.shard, device=run.device)      # whole: one compilation
+        z0, z1 = make_pairs(velocity, seed_for(config.seed, stream), index, config)
         if not z1.isfinite().all():                         # NaN would be lost in uint8
             raise UserError(f"the samples of the flow before {name} are not finite; lower --lr, add --fresh")
-        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1).cpu())
+        save_checkpoint(path, config={"pairs": name}, z1=to_bytes(z1[:config.pairs - i * config.shard]).cpu())
         if STOP:
             raise KeyboardInterrupt
     run.wait()
@@ -1037,9 +1040,13 @@ def write_pairs(run, name, velocity, stream):
 
 def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
-    count = math.ceil(run.config.pairs / run.config.shard)
-    paths = [run.folder / "pairs" / name / f"{i:05d}.pt" for i in range(count)]
-    return to_device(torch.cat([load_checkpoint(path, run.device)["z1"] for path in paths]), run.device)
+    pairs = run.config.pairs
+    for first in range(0, pairs, run.config.shard):
+        z1 = load_checkpoint(run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt")["z1"]
+        if first == 0:                                      # may be most of the memory: it is there once
+            images = to_device(torch.empty(pairs, *z1.shape[1:], dtype=torch.uint8), run.device)
+        images[first:first + len(z1)] = z1.to(run.device)
+    return images
 
 
 def load_flow(path, run, channels, classes):
@@ -1077,6 +1084,16 @@ class Velocity:
         self.evaluations += 1
         with self.autocast:
             return self.flow(x, t, labels).float()
+
+    @torch.no_grad()
+    def precise(self, x, t, labels=None):
+        """All in float32: rk45 would take the rounding of bf16 and TF32 for errors of its steps, and halve them."""
+        self.evaluations += 1
+        torch.set_float32_matmul_precision("highest")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            v = self.flow.forward(x, t, labels)             # not the compiled graph
+        torch.set_float32_matmul_precision("high")
+        return v
 
 
 class RandomFeatures(nn.Module):
@@ -1316,7 +1333,7 @@ def edm_velocity(network, xt, t, sigma_data=0.5):
     """
     time = per_sample(t, xt)                                # (B, 1, 1, 1)
     variance = (1 - time) ** 2 + (sigma_data * time) ** 2
-    output = network(xt / variance.sqrt(), torch.logit(1 - t, eps=1e-5) / 4)
+    output = network(xt / variance.sqrt(), -torch.logit(t, eps=1e-5) / 4)
     return (sigma_data ** 2 * time - (1 - time)) / variance * xt + sigma_data / variance.sqrt() * output
 
 
@@ -1378,7 +1395,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, noise_label).  Level l has size image_size / 2^l and model_channels · mult[l] channels; defaults: CIFAR-10."""
+    """F(x, noise_label): level l has size image_size / 2^l and model_channels · mult[l] channels; default: CIFAR-10."""
 
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
@@ -1393,6 +1410,9 @@ class UNet(nn.Module):
             self.map_label = xavier(nn.Linear(classes, model_channels))
         self.map_layer0 = xavier(nn.Linear(model_channels, emb_dim))
         self.map_layer1 = xavier(nn.Linear(emb_dim, emb_dim))
+        # buffers move with the network, wherever it is exported to; they are not saved
+        self.register_buffer("frequencies", 10000 ** -torch.linspace(0, 1, model_channels // 2), persistent=False)
+        self.register_buffer("numbers", torch.arange(classes), persistent=False)
         block = partial(UNetBlock, emb_dim=emb_dim, dropout=dropout)
         levels = [(image_size >> level, m * model_channels) for level, m in enumerate(mult)]
         width = model_channels
@@ -1421,14 +1441,13 @@ class UNet(nn.Module):
 
     def embed(self, noise_label, labels):
         """sin(f·s), cos(f·s) of the noise label s at frequencies f = 1 ... 1/10000, plus the class, through an MLP."""
-        steps = torch.linspace(0, 1, self.map_layer0.in_features // 2, device=noise_label.device)
-        angles = noise_label.float()[:, None] * 10000**-steps       # float32 even under autocast: bf16 merges nearby s
+        angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
             if labels is None:
                 labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
             if labels.ndim == 1:
-                labels = labels[:, None] == torch.arange(self.classes, device=labels.device)    # (b, classes)
+                labels = labels[:, None] == self.numbers    # (b, classes)
             emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 

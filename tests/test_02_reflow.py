@@ -182,6 +182,8 @@ class Bent:
             raise KeyboardInterrupt
         return torch.tanh(x.flip(3)) * (1 - t)[:, None, None, None] + 0.2 * labels[:, None, None, None] - 0.7 * x
 
+    precise = __call__
+
 
 def some_run(folder="never written", **other):
     """A run of 20 pairs in shards of 8, 8 and 4, in this folder."""
@@ -452,13 +454,13 @@ def test_every_network_and_solver_starts_from_the_same_new_noise():
         def __call__(self, x, t, labels):
             self.seen = getattr(self, "seen", []) + [x] * (t[0] == 0).item()
             return torch.zeros_like(x)
-    noise = chapter.pair_noise(chapter.seed_for(0, 999), torch.arange(10), SHAPE)
+    noise = chapter.pair_noise(chapter.seed_for(0, 999), torch.arange(16), SHAPE)       # two whole shards, cut to 10
     for method, steps in [("euler", 1), ("euler", 4), ("heun", 2)]:
         still = Still()
         images, _ = chapter.generate(still, some_run(), steps, method)
-        assert torch.equal(torch.cat(still.seen), noise) and torch.equal(images, noise.clamp(-1, 1))
+        assert torch.equal(torch.cat(still.seen), noise) and torch.equal(images, noise[:10].clamp(-1, 1))
     for stream in range(1, 11):                                         # not those of the pairs of any round
-        assert not (noise == chapter.pair_noise(chapter.seed_for(0, stream), torch.arange(10), SHAPE)).any()
+        assert not (noise == chapter.pair_noise(chapter.seed_for(0, stream), torch.arange(16), SHAPE)).any()
 
 
 def test_the_distance_of_a_set_to_itself_is_zero():
@@ -788,3 +790,58 @@ def test_two_processes_run_the_whole_script(here):
     remade(here / "run", tiny_run("--out", "again"))
     theirs, ours = (chapter.load_pairs(tiny_run("--out", folder), "2-rf").int() for folder in ("run", "again"))
     assert (theirs - ours).abs().max() <= 1             # other numbers of threads may round otherwise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a GPU needs, seen on a CPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def small_velocity(**other):
+    """A Velocity of four channels for the pictures of some_run, with weights that are not nearly zero."""
+    config = chapter.Config(channels=4, mult=(1, 1), attention=(2,), image_size=4, device="cpu", **other)
+    flow = chapter.Flow(config, 3, 3).eval().requires_grad_(False)
+    for p in flow.parameters():
+        p += 0.1 * torch.randn_like(p)
+    return chapter.Velocity(flow, config)
+
+
+def test_the_noise_label_is_right_to_the_last_digits():
+    """c_noise = ln((1 - t) / t) / 4, compared with float64, where 1 - t would round away t."""
+    t = torch.logspace(-5, math.log10(0.5), 200)[:-1]
+    seen = []
+    chapter.edm_velocity(lambda y, c: seen.append(c) or y, torch.zeros(len(t), 1), t)
+    exact = torch.log((1 - t.double()) / t.double()) / 4
+    assert ((seen[0].double() - exact).abs() / exact.abs().clamp(min=0.1)).max() < 1e-6
+
+
+def test_rk45_sees_no_low_precision(monkeypatch):
+    """Neither autocast nor TF32 nor a compiled graph; afterwards all is as before."""
+    velocity = small_velocity()
+    velocity.autocast = torch.autocast("cpu", torch.bfloat16)
+    modes = []
+
+    def forward(x, t, labels):
+        modes.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision(),
+                      torch.backends.cudnn.allow_tf32))
+        return -x
+    monkeypatch.setattr(velocity.flow, "forward", forward)
+    velocity.flow.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    torch.set_float32_matmul_precision("high")
+    chapter.sample(velocity, torch.ones(2, *SHAPE), torch.arange(2), 3, "rk45")
+    assert set(modes) == {(False, "highest", False)}
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+
+
+def test_a_finished_network_sees_batches_of_one_size(tmp_path):
+    """20 pairs and 10 samples in shards of 8, and straightness: nothing to compile after the first batch."""
+    run, velocity = some_run(tmp_path), small_velocity()
+    torch._dynamo.reset()
+    velocity.flow.compile(dynamic=False, backend="aot_eager")
+    velocity(torch.zeros(8, *SHAPE), torch.zeros(8), torch.zeros(8, dtype=torch.long))
+    images = torch.randint(256, (50, *SHAPE), dtype=torch.uint8)
+    features = chapter.RandomFeatures()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        chapter.write_pairs(run, "2-rf", velocity, stream=2)
+        chapter.evaluate(velocity, chapter.feature_moments(images, features, run.device), features, run)
+    torch._dynamo.reset()

@@ -723,6 +723,19 @@ def test_networks_of_chapters_2_and_3_can_be_drawn_from(here, run, script, class
     assert torch.allclose(program(z0, *labels), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["rf", "ict"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_exported_generator_moves_to_any_device(tmp_path, stage, classes):
+    """No device is written into the program: every tensor follows the weights and the noise."""
+    config = chapter.Config(image_size=8, channels=4, mult=(1, 1), attention=(4,))
+    generator = chapter.Generator(chapter.Flow(config, 3, classes).eval(), stage)
+    chapter.export_generator(generator, tmp_path / "net.pt2")
+    for device in ["meta"] + ["cuda"] * torch.cuda.is_available():
+        program = torch.export.load(tmp_path / "net.pt2").module().to(device)
+        labels = (torch.arange(5, device=device) % 3,) if classes else ()
+        assert program(torch.zeros(5, 3, 8, 8, device=device), *labels).device.type == device
+
+
 LOAD_ALONE = """
 import sys, torch
 program, z0 = torch.export.load("rf.pt2").module(), torch.load("z0.pt")

@@ -500,12 +500,13 @@ chapter, calls = load(sys.argv[2]), []
 class Network:                                      # what compile_network looks at, on a GPU that need not be there
     def parameters(self):
         yield type("Parameter", (), {"device": torch.device("cuda", 0)})
+    _compiled_call_impl = None
     def compile(self, **options):
         import torch._inductor.config
         calls.append((options, getattr(torch._inductor.config.triton, "mix_order_reduction", False)))
 chapter.compile_network(Network(), chapter.Config(compile=False))
 assert calls == [], calls
-chapter.compile_network(Network(), chapter.Config())
+chapter.compile_network(Network(), chapter.Config(compile=True))
 assert calls == [({"dynamic": False}, False)], calls
 """
 
