@@ -301,7 +301,7 @@ def main(config):
     """A teacher, the students of every seed, then numbers and pictures."""
     run = Run(config, __file__)
     check_settings(run)
-    texts = read_lines(config.prompts, "--prompts") if config.prompts else shape_captions()
+    texts = read_texts(config.prompts) if config.prompts else shape_captions()
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     if config.model and run.rank == 0:
         load_pipeline(config.model)                         # one process downloads, the others find the files
@@ -311,24 +311,24 @@ def main(config):
     pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
     prompts = Prompts(pipe, texts)
     distance = partial(picture_distance, pipe.vae, perceptual)
-    networks = [students(run, pipe, prompts, distance, seed) for seed in range(config.seeds)]
+    networks = [students(run, prompts, distance, seed) for seed in range(config.seeds)]
     if run.rank == 0:
-        report(run, pipe, prompts, networks)
+        report(run, prompts, networks)
 
 
-def students(run, pipe, prompts, distance, seed):
+def students(run, prompts, distance, seed):
     """[Liu+24]: straighten the teacher by reflow, then distil; beside it distillation alone.  Returns name -> U-Net."""
     config = run.config
-    teacher = Sampler(pipe, prompts, pipe.unet, "dpm", config.solver_steps, config.guidance)
+    teacher = Sampler(prompts, prompts.pipe.unet, "dpm", config.solver_steps, config.guidance)
     noise = seed_for(config.seed, 3)
     write_pairs(run, "teacher", teacher, noise, config.pairs * (2 if config.direct else 1))
     draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs), noise, prompts)
-    start = negated(pipe.unet) if config.init == "negated" else pipe.unet
-    phases = [(partial(reflow_loss, a=config.a), dict(steps=steps, batch=batch, lr=config.student_lr))
+    start = negated(teacher.unet) if config.init == "negated" else teacher.unet
+    phases = [(partial(reflow_loss, a=config.a), steps, batch, config.student_lr)
               for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
     flow = train_student(run, f"2-rf-{seed}", start, partial(draw, dropout=config.caption_dropout), phases)
 
-    straight = Sampler(pipe, prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
+    straight = Sampler(prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
     flow_noise = seed_for(config.seed, 4, seed)
     write_pairs(run, f"2-rf-{seed}", straight, flow_noise, config.pairs)
     flow_draw = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), flow_noise, prompts)
@@ -342,26 +342,27 @@ def students(run, pipe, prompts, distance, seed):
         phases = distill_phases(config, distance, sum(config.reflow_steps))
         networks["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
     for name, unet in networks.items():
-        save_student(run, f"{name}-{seed}", pipe, unet)
+        save_student(run, f"{name}-{seed}", prompts.pipe, unet)
     return networks
 
 
 def distill_phases(config, distance, more):
     """First |.|^2 of latents, for `more` steps than --distill-steps says, then LPIPS of pictures."""
-    steps, batch = config.distill_steps, config.distill_batch
-    return [(partial(one_step_loss, distance=latent_distance),
-             dict(steps=steps[0] + more, batch=batch[0], lr=config.student_lr)),
-            (partial(one_step_loss, distance=distance), dict(steps=steps[1], batch=batch[1], lr=config.lpips_lr))]
+    rates = [config.student_lr, config.lpips_lr]
+    losses = [partial(one_step_loss, distance=latent_distance), partial(one_step_loss, distance=distance)]
+    steps = [config.distill_steps[0] + more, config.distill_steps[1]]
+    return list(zip(losses, steps, config.distill_batch, rates))
 
 
 # Differs from 04_distill.py: in phases
 def train_student(run, name, unet, draw, phases):
-    """A student through phases (loss(v, x0, x1, text), settings), each from the averaged weights of the one before."""
+    """A student through phases (loss, steps, batch, rate), each from the averaged weights of the one before."""
     kind, seed = name.rsplit("-", 1)                        # 2-rf-0 is 2-RF of seed 0
-    for k, (loss, settings) in enumerate(phases):
-        drawn = partial(draw, n=settings["batch"] // (run.world * run.config.accumulate))
+    for k, (loss, steps, batch, lr) in enumerate(phases):
+        drawn = partial(draw, n=batch // (run.world * run.config.accumulate))
+        learned = partial(pair_loss, draw=drawn, loss=loss)
         stream = seed_for(int(seed), k, *kind.encode())
-        unet = run.fit(f"{name}.{k + 1}", unet, partial(pair_loss, draw=drawn, loss=loss), stream, **settings)
+        unet = run.fit(f"{name}.{k + 1}", unet, learned, stream, steps=steps, batch=batch, lr=lr)
     return unet
 
 
@@ -381,7 +382,8 @@ def negated(unet):
 
 def check_settings(run):
     """UserError, before anything is written, for settings that contradict each other."""
-    config, slices = run.config, run.world * run.config.accumulate
+    config = run.config
+    slices = run.world * config.accumulate
     halvings = len(config.vae_channels) - 1
     require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
     require(len(config.distill_steps) == len(config.distill_batch) == 2,
@@ -398,18 +400,20 @@ def check_settings(run):
 
 
 # Differs from 03_improved_training.py: caption accuracy beside the Frechet distance, of text-to-image networks
-def report(run, pipe, prompts, networks):
+def report(run, prompts, networks):
     """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, by seed."""
-    config, texts = run.config, prompts.texts
+    config = run.config
+    texts = prompts.texts
     features = RandomFeatures().to(run.device)
-    results, pictures = {}, {}
+    results = {}
+    pictures = {}
     data = None                                             # without data, the teacher's pictures are the measure
     if not config.model:
         images, _, _ = shapes(config.data_size, config.image_size, config.seed)
         data = feature_moments(images, features, run.device)
     readable = set(texts) <= set(shape_captions())          # other prompts cannot be read off a picture
-    for group in [{"teacher": pipe.unet}, *networks]:       # the teacher has no seeds
-        for heading, sampler in samplers(run, pipe, prompts, group).items():
+    for group in [{"teacher": prompts.pipe.unet}, *networks]:       # the teacher has no seeds
+        for heading, sampler in samplers(run, prompts, group).items():
             images = generate(sampler, run)
             made = feature_moments(images, features, run.device)
             data = data or made
@@ -425,7 +429,7 @@ def report(run, pipe, prompts, networks):
     print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
 
 
-def samplers(run, pipe, prompts, networks):
+def samplers(run, prompts, networks):
     """What is compared: heading -> Sampler, of the U-Nets in networks: name -> U-Net."""
     compared = {}
     for name, heading, solver, steps in (
@@ -435,7 +439,7 @@ def samplers(run, pipe, prompts, networks):
             ("longer", "teacher distilled longer", "euler", 1)):
         if name in networks:
             guidance = run.config.guidance if name == "teacher" else 1.0        # students have it in their weights
-            sampler = Sampler(pipe, prompts, networks[name], solver, steps, guidance)
+            sampler = Sampler(prompts, networks[name], solver, steps, guidance)
             compared[f"{heading}, {steps} step{'s' if steps > 1 else ''}"] = sampler
     return compared
 
@@ -543,7 +547,7 @@ def write_pairs(run, name, sampler, seed, count):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():
             continue
-        x1 = sampler(pair_noise(seed, shards[i], sampler.pipe.shape), sampler.prompts(shards[i]))
+        x1 = sampler(pair_noise(seed, shards[i], sampler.prompts.pipe.shape), sampler.prompts(shards[i]))
         require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
         save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
         if STOP:
@@ -582,8 +586,8 @@ class Prompts:
     """
 
     def __init__(self, pipe, texts, empty="", few=256):
+        self.pipe = pipe
         self.texts = texts
-        self.encoder = pipe.text_encoder
         self.tokens = pipe.tokenizer(texts).int()
         if pipe.tokenizer.truncated and process()[0] == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
@@ -594,7 +598,7 @@ class Prompts:
     @torch.no_grad()
     def encode(self, tokens):
         """Tokens (B, L) -> states (B, L, C)."""
-        return self.encoder(tokens.to(next(self.encoder.parameters()).device))
+        return self.pipe.text_encoder(tokens.to(next(self.pipe.text_encoder.parameters()).device))
 
     def __call__(self, index):
         index = index % len(self.texts)
@@ -633,7 +637,6 @@ def tiny_configs(config, vocabulary):
 @dataclass
 class Sampler:
     """A U-Net and the way to draw with it: carries noise x0 (B, C, h, w) under texts (B, L, C) to latents x1."""
-    pipe: Pipeline
     prompts: Prompts
     unet: nn.Module
     solver: str                                             # euler: a velocity; dpm, or ddim as a velocity: diffusion
@@ -667,8 +670,8 @@ def decode_latents(vae, x1):
 def pictures(sampler, seed, text, noise, batch):
     """Pictures (B, 3, H, W), a batch at a time.  text, noise: (N,), the numbers of the prompts and of the noises."""
     for text, noise in zip(text.split(batch), noise.split(batch)):
-        x0 = pair_noise(seed, noise, sampler.pipe.shape)
-        yield decode_latents(sampler.pipe.vae, sampler(x0, sampler.prompts(text)))
+        x0 = pair_noise(seed, noise, sampler.prompts.pipe.shape)
+        yield decode_latents(sampler.prompts.pipe.vae, sampler(x0, sampler.prompts(text)))
 
 
 # Differs from 02_reflow.py: latents that are decoded, text by number
@@ -779,7 +782,7 @@ def evaluate_main(config):
     run = Run(config, __file__)
     require(config.captions, "--captions FILE, please: COCO's captions_*.json, or a text file")
     require(not config.fid or Path(config.real or "?").is_dir(), "--fid needs --real FOLDER of real images")
-    captions = read_captions(config.captions)[:config.count or 5000]
+    captions = read_texts(config.captions)[:config.count or 5000]
     features = inception_features(run) if config.fid else None
     judge = CLIP(config.clip) if config.clip else None
     sampler = open_sampler(run, captions, few=0)            # no text is kept: reading them is timed, too
@@ -831,39 +834,31 @@ def open_sampler(run, texts, few):
         require(len(config.delta) == 2, f"--delta wants two models, FROM TO, got {len(config.delta)}")
         merge_delta(pipe.unet, *(fetch(source, WEIGHTS["unet"]) for source in config.delta))
         fine_tune = load_pipeline(config.delta[1])
-        pipe.vae, pipe.text_encoder = fine_tune.vae, fine_tune.text_encoder         # it brings its own
+        pipe.vae = fine_tune.vae                            # it brings its own
+        pipe.text_encoder = fine_tune.text_encoder
     for item in filter(None, config.lora):
         path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
     prepare(pipe, run.device, config.size * 2 if len(config.size) == 1 else config.size)
     compile_network(pipe.unet, config)
     prompts = Prompts(pipe, texts, config.negative, few)
-    return Sampler(pipe, prompts, pipe.unet, config.solver, config.steps, config.guidance)
+    return Sampler(prompts, pipe.unet, config.solver, config.steps, config.guidance)
 
 
-def read_lines(path, flag):
-    """The lines of a text file that are not blank."""
+def read_texts(path):
+    """The texts in a file: a line each; or in COCO's captions_*.json, one of every image."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{flag} {path}: not UTF-8 text") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    require(lines, f"{flag} {path}: no prompt in it; give a text file with a prompt a line")
-    return lines
-
-
-def read_captions(path):
-    """One caption of every image: COCO's captions_*.json; or the lines of a text file."""
-    if Path(path).suffix != ".json":
-        return read_lines(path, "--captions")
-    try:
-        first = {}
-        for entry in read_json(path)["annotations"]:
-            first.setdefault(entry["image_id"], entry["caption"].strip())
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"--captions {path}: no COCO captions ({one_line(error)})") from None
-    require(first, f"--captions {path}: no captions in it")
-    return list(first.values())
+        if Path(path).suffix == ".json":
+            texts = {}
+            for entry in read_json(path)["annotations"]:
+                texts.setdefault(entry["image_id"], entry["caption"].strip())
+        else:
+            texts = dict(enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no texts: {one_line(error)}") from None
+    texts = [text.strip() for text in texts.values() if text.strip()]
+    require(texts, f"{path} holds no texts; give a file with a text a line")
+    return texts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -929,7 +924,8 @@ class CLIPTokenizer:
             merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")
             merges = merges[1:] if merges[0].startswith("#version") else merges
             self.ranks = {(a, b): rank for rank, (a, b) in enumerate(line.split(" ") for line in merges if line)}
-            self.start, self.end = int(self.vocab["<|startoftext|>"]), int(self.vocab["<|endoftext|>"])
+            self.start = int(self.vocab["<|startoftext|>"])
+            self.end = int(self.vocab["<|endoftext|>"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"no CLIP vocabulary in {vocab_json} and {merges_txt}: {one_line(error)}") from None
 
@@ -1218,8 +1214,9 @@ class UNet(nn.Module):
         super().__init__()
         require(len(channels) == len(attention) and channels[0] % 2 == 0, f"channels {channels}, attention {attention}")
         self.checkpointing = False
-        width, last = channels[0], len(channels) - 1
+        width = channels[0]
         time = 4 * width
+        last = len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-5, time=time)
         transformer = partial(Transformer, heads=heads, context=context, groups=groups)
         self.conv_in = conv(in_channels, width)
@@ -1302,9 +1299,12 @@ class VAE(nn.Module):
         require(0 < scale < math.inf, f"scale {scale}")
         self.scale = scale
         self.checkpointing = False
-        first, top, last = channels[0], channels[-1], len(channels) - 1
+        first = channels[0]
+        top = channels[-1]
+        last = len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-6)
-        down, up = [], []
+        down = []
+        up = []
         for i, c in enumerate(channels):
             resize = Resize(c, padding=(0, 1, 0, 1)) if i < last else None
             down.append(Stage([channels[max(i - 1, 0)]] + [c] * (layers - 1), c, resnet, resize=resize))
@@ -1378,7 +1378,8 @@ class CLIP(CLIPTextEncoder):
         self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
-        load_weights(self, fetch(folder, "model.safetensors")).eval().requires_grad_(False)
+        self.load_state_dict(read_state(self, fetch(folder, "model.safetensors")))
+        self.eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer(fetch(folder, "vocab.json"), fetch(folder, "merges.txt"))
 
     def embed_images(self, images):
@@ -1447,8 +1448,9 @@ def save_safetensors(path, tensors):
     header = {}
     end = 0
     for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):   # wide ones first: everything is aligned
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = dict(dtype=names[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[begin, end])
+        offsets = [end, end + tensors[name].nbytes]
+        header[name] = dict(dtype=names[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=offsets)
+        end = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as part, open(part, "wb") as file:
@@ -1458,7 +1460,7 @@ def save_safetensors(path, tensors):
 
 
 def read_state(module, path):
-    """The file's tensors under the module's own names, all and no others.
+    """The file's tensors under the module's own names and in its number format, all of them and no others.
 
     Known dialects: text encoders without the prefix text_model, or with position_ids; VAEs of before 2023.
     """
@@ -1473,15 +1475,7 @@ def read_state(module, path):
              or want[name].shape != state[name].shape or not state[name].is_floating_point()]
     require(not wrong, f"{path} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, of "
             f"another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
-    return state
-
-
-def load_weights(module, path):
-    """Load a file into the module, which it returns.  On the meta device that takes the file's own memory, uncopied."""
-    own = next(module.parameters())
-    state = {name: tensor.to(own.dtype) for name, tensor in read_state(module, path).items()}
-    module.load_state_dict(state, assign=own.is_meta)
-    return module
+    return {name: tensor.to(want[name].dtype) for name, tensor in state.items()}
 
 
 def merge_lora(modules, path, scale=1.0):
@@ -1511,10 +1505,11 @@ def merge_lora(modules, path, scale=1.0):
 
 def merge_delta(unet, base, target, scale=1.0):
     """Carry a fine-tune over: W += scale * (W_target - W_base), the files of the fine-tune and of what it began as."""
-    base, target = read_state(unet, base), read_state(unet, target)
+    base = read_state(unet, base)
+    target = read_state(unet, target)
     with torch.no_grad():
         for name, weight in unet.state_dict().items():      # its tensors are the weights themselves
-            weight += (scale * (target[name].float() - base[name].float())).to(weight)
+            weight += scale * (target[name] - base[name])
 
 
 def fetch(source, name):
@@ -1571,11 +1566,11 @@ def load_pipeline(source):
     parts = {}
     for name, network in NETWORKS.items():
         configs[name] = read_json(fetch(source, f"{name}/config.json"))
-        with torch.device("meta"):                          # no memory, no time: the weights come from the file
-            module = from_config(network, configs[name])
+        with torch.device("meta"):                          # no memory, no time: the weights are those in the file
+            parts[name] = from_config(network, configs[name])
         if configs[name].get("_class_name") == "StackedUNet":
-            module = StackedUNet(module)
-        parts[name] = load_weights(module, fetch(source, WEIGHTS[name]))
+            parts[name] = StackedUNet(parts[name])
+        parts[name].load_state_dict(read_state(parts[name], fetch(source, WEIGHTS[name])), assign=True)
     wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
     given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
     require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
@@ -1755,8 +1750,9 @@ def accelerate(model, config):
 
 
 def compile_network(model, config):
-    """torch.compile on CUDA, in place: the names of the weights stay as they are."""
-    if config.compile and next(model.parameters()).device.type == "cuda":
+    """torch.compile on CUDA, once and in place: the names of the weights stay as they are."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.compile and on_cuda and model._compiled_call_impl is None:
         import torch._inductor.config as inductor
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)

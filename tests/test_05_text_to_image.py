@@ -90,7 +90,7 @@ def test_the_network_reads_the_papers_clock(steps, clock):
         seen.append(timestep.tolist())
         return constant
     x0, (text, null) = torch.randn(3, 2, 4, 4), texts(3)
-    x1 = chapter.Sampler(None, SimpleNamespace(null=null), unet, "euler", steps)(x0, text)
+    x1 = chapter.Sampler(SimpleNamespace(null=null), unet, "euler", steps)(x0, text)
     assert seen == [[time] * 3 for time in clock]
     close(x1, x0 + constant, atol=1e-6)
 
@@ -406,6 +406,16 @@ def test_pictures_are_decoded_from_unscaled_latents():
     close(chapter.decode_latents(Doubling(), a), 4 * a, atol=1e-6)
 
 
+class Numbers(chapter.Prompts):
+    """Prompts whose "text" is their number."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def __call__(self, index):
+        return index
+
+
 def some_pairs(folder, pipe, count=20, seed=7):
     """Pairs by a sampler whose ends tell their number: x1 = number in every entry.  Returns the run and what was asked."""
     config = chapter.parse_config(chapter.Config, ["--device", "cpu", "--shard", "8", "--out", str(folder)])
@@ -414,7 +424,7 @@ def some_pairs(folder, pipe, count=20, seed=7):
     def sampler(x0, index):
         made.append((x0, index))
         return index.float().reshape(-1, 1, 1, 1).expand_as(x0)
-    sampler.pipe, sampler.unet, sampler.prompts = pipe, pipe.unet, lambda index: index
+    sampler.unet, sampler.prompts = pipe.unet, Numbers(pipe)
     chapter.write_pairs(run, "some", sampler, seed, count)
     return run, made
 
@@ -459,7 +469,7 @@ def test_samples_that_are_not_finite_are_not_stored(tmp_path, pipe):
 
     def sampler(x0, text):
         return x0 / 0
-    sampler.pipe, sampler.unet, sampler.prompts = pipe, pipe.unet, lambda index: index
+    sampler.unet, sampler.prompts = pipe.unet, Numbers(pipe)
     with pytest.raises(chapter.UserError, match="not finite"):
         chapter.write_pairs(chapter.Run(config, chapter.__file__), "some", sampler, 0, 8)
     assert not (tmp_path / "pairs").exists()
@@ -512,26 +522,26 @@ def test_a_little_noise_or_blur_is_forgiven():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "no prompt in it"), (b" \n\n", "no prompt in it"), (b"a cat\n\xff\xfe\n", "not UTF-8"), (None, "No such file"),
+    (b"", "holds no texts"), (b" \n\n", "holds no texts"), (b"a cat\n\xff\xfe\n", "utf-8"), (None, "No such file"),
 ])
 def test_a_bad_prompt_file_is_one_line(tmp_path, content, words):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises((chapter.UserError, OSError), match=words) as error:
-        chapter.read_lines(path, "--prompts")
+        chapter.read_texts(path)
     assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_prompt_files_of_any_system_are_read(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\r\n  ein B\u00e4r \n\u732b".encode())
-    assert chapter.read_lines(tmp_path / "prompts.txt", "--prompts") == ["a cat", "ein B\u00e4r", "\u732b"]
+    assert chapter.read_texts(tmp_path / "prompts.txt") == ["a cat", "ein B\u00e4r", "\u732b"]
 
 
 def test_coco_captions_are_one_of_every_image(tmp_path):
     rows = [{"image_id": i // 5, "caption": f" text {i}.\n"} for i in range(20)]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
-    assert chapter.read_captions(tmp_path / "captions.json") == ["text 0.", "text 5.", "text 10.", "text 15."]
+    assert chapter.read_texts(tmp_path / "captions.json") == ["text 0.", "text 5.", "text 10.", "text 15."]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"annotations": 3}', '{"annotations": []}',
@@ -539,7 +549,7 @@ def test_coco_captions_are_one_of_every_image(tmp_path):
 def test_captions_that_are_not_cocos_are_one_line(tmp_path, content):
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(chapter.UserError, match="captions.json") as error:
-        chapter.read_captions(tmp_path / "captions.json")
+        chapter.read_texts(tmp_path / "captions.json")
     assert "\n" not in str(error.value)
 
 
