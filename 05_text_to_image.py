@@ -240,7 +240,7 @@ class Config:
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = True                                    # torch.compile the network (CUDA only)
+    compile: bool = False                                   # torch.compile the network (CUDA only; pays in long runs)
     out: str = ""                                           # run folder; empty: runs/<script>/<preset>
     fresh: bool = False                                     # start over: delete what the run folder holds
     may_change: ClassVar = {"seeds", "checkpointing", "log_every", "device", "compile", "out", "fresh"}
@@ -251,13 +251,13 @@ class Config:
             attention=(1, 1, 0), blocks=2, heads=8, batch=256, steps=10000, lr=1e-3, pairs=20000, shard=500,
             reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25, distill_steps=(3000, 500),
             distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg",
-            lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500),
+            lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500, compile=True),
         "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; rate of reflow
             image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
             accumulate=8, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
             distill_solver_steps=25, distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6,
             lpips_lr=1e-6, lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
-            lpips_weights="pretrained", eval_size=5000, log_every=500),
+            lpips_weights="pretrained", eval_size=5000, log_every=500, compile=True),
     }
 
 
@@ -284,7 +284,7 @@ class DrawConfig:
     download: bool = False                                  # fetch it if missing
     seed: Whole = 0                                         # seed of the noise
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = False                                   # torch.compile the U-Net (CUDA only)
+    compile: bool = False                                   # torch.compile the U-Net (CUDA only; pays for many)
     out: str = ""                                           # sample: sample.png; evaluate: evaluation.json
     accumulate: ClassVar = 1
     presets: ClassVar = {"instaflow": {}, "2-rf": dict(steps=25, guidance=1.5),
@@ -386,8 +386,8 @@ def check_settings(run):
     slices = run.world * config.accumulate
     halvings = len(config.vae_channels) - 1
     require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
-    require(len(config.distill_steps) == len(config.distill_batch) == 2,
-            "--distill-steps and --distill-batch want 2 numbers each")
+    two = len(config.distill_steps) == len(config.distill_batch) == 2
+    require(two, "--distill-steps and --distill-batch want 2 numbers each: latents, pictures")
     for batch in (config.vae_batch, *config.reflow_batch, *config.distill_batch):
         require(batch % slices == 0, f"a batch of {batch} cannot be cut into {slices} equal slices")
     require(config.model or config.preset != "paper", "--preset paper needs --model, Stable Diffusion 1.x")
@@ -536,16 +536,13 @@ def drop_some(texts, empty, dropout):
 
 # Differs from 02_reflow.py: latents as float16, text in place of labels
 def write_pairs(run, name, sampler, seed, count):
-    """The coupling (x0, x1 = sampler(x0 | T)) of the numbers 0 ... count - 1, in files of config.shard pairs.
-
-    Only x1 is stored: noise and text follow from the number.  What exists is left alone, as in chapter 2.
-    """
+    """The coupling (x0, x1 = sampler(x0 | T)) of numbers 0 ... count - 1, as files of x1: x0 and T follow from those."""
     run.claim()
     compile_network(sampler.unet, run.config)
     shards = torch.arange(count, device=run.device).split(run.config.shard)
     for i in tqdm(range(run.rank, len(shards), run.world), f"pairs by {name}", disable=None):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
-        if path.exists():
+        if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
         x1 = sampler(pair_noise(seed, shards[i], sampler.prompts.pipe.shape), sampler.prompts(shards[i]))
         require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
@@ -613,9 +610,8 @@ def tiny_configs(config, vocabulary):
     groups, vae_groups = (min(32, max(1, widths[0] // 4)) for widths in (config.channels, config.vae_channels))
     blocks = ["CrossAttn{}Block2D" if reads else "{}Block2D" for reads in config.attention]
     text = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=4 * width,
-                num_hidden_layers=config.blocks, num_attention_heads=config.heads, max_position_embeddings=77,
-                hidden_act="quick_gelu", bos_token_id=vocabulary["<|startoftext|>"],
-                eos_token_id=vocabulary["<|endoftext|>"], architectures=["CLIPTextModel"])
+                num_hidden_layers=config.blocks, num_attention_heads=config.heads, architectures=["CLIPTextModel"],
+                bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"])
     unet = dict(_class_name="UNet2DConditionModel", sample_size=config.image_size >> levels - 1,
                 block_out_channels=config.channels, layers_per_block=config.blocks, attention_head_dim=config.heads,
                 cross_attention_dim=width, norm_num_groups=groups,
@@ -624,9 +620,9 @@ def tiny_configs(config, vocabulary):
     vae = dict(_class_name="AutoencoderKL", block_out_channels=config.vae_channels, layers_per_block=1,
                latent_channels=4, norm_num_groups=vae_groups, sample_size=config.image_size,
                down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
-    scheduler = dict(_class_name="DPMSolverMultistepScheduler", beta_start=0.00085, beta_end=0.012,
-                     beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="epsilon")
-    return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": scheduler}))
+    noise = dict(_class_name="DPMSolverMultistepScheduler", beta_start=0.00085, beta_end=0.012,
+                 beta_schedule="scaled_linear", prediction_type="epsilon")
+    return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": noise}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -722,10 +718,7 @@ def captions_of(images, tolerance=0.15):
 
 
 def draw_grid(columns, texts, path, each=3, rows=8):
-    """Prompts by networks: `each` pictures a cell, from the same noises along a row.
-
-    columns: heading -> pictures (N, 3, H, W) in [-1, 1];  picture i has text i modulo their number.
-    """
+    """Prompts by networks, the same noises along a row.  columns: heading -> pictures, the i-th of text i mod N."""
     from matplotlib.figure import Figure                    # here: training does not need it
     columns = {heading: images for heading, images in columns.items() if not re.search("velocity|longer", heading)}
     count = min(len(texts), len(next(iter(columns.values()))))
@@ -768,7 +761,7 @@ def sample_main(config):
     require(writable, f"cannot write {path}: name a picture, such as {path.stem}.png")
     if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
-    sampler = open_sampler(run, [*config.prompt], few=256)
+    sampler = open_sampler(run, [*config.prompt])
     numbers = torch.arange(len(config.prompt) * count, device=run.device)           # the same noises for every prompt
     drawn = pictures(sampler, seed_for(config.seed), numbers // count, numbers % count, config.batch)
     images = torch.cat([batch.cpu() for batch in tqdm(drawn, "batches", disable=None, leave=False)])
@@ -785,7 +778,7 @@ def evaluate_main(config):
     captions = read_texts(config.captions)[:config.count or 5000]
     features = inception_features(run) if config.fid else None
     judge = CLIP(config.clip) if config.clip else None
-    sampler = open_sampler(run, captions, few=0)            # no text is kept: reading them is timed, too
+    sampler = open_sampler(run, captions)
     numbers = torch.arange(len(captions), device=run.device)
     seconds, scores, rows = [], [], []
     clock = time.perf_counter()
@@ -807,8 +800,8 @@ def evaluate_main(config):
     if judge:
         result["CLIP score"] = sum(scores) / len(scores)
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
-    settings = {"settings": dataclasses.asdict(config)}
-    save_json(Path(config.out or "evaluation.json"), result | surroundings(run.script) | settings)
+    result |= surroundings(run.script) | {"settings": dataclasses.asdict(config)}
+    save_json(Path(config.out or "evaluation.json"), result)
 
 
 def real_features(features, folder, device):
@@ -823,7 +816,7 @@ def real_features(features, folder, device):
     return torch.cat(rows)
 
 
-def open_sampler(run, texts, few):
+def open_sampler(run, texts):
     """The network of --model with what --delta and --lora add to it, ready to draw these texts."""
     config = run.config
     require(config.model, "--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
@@ -841,7 +834,7 @@ def open_sampler(run, texts, few):
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
     prepare(pipe, run.device, config.size * 2 if len(config.size) == 1 else config.size)
     compile_network(pipe.unet, config)
-    prompts = Prompts(pipe, texts, config.negative, few)
+    prompts = Prompts(pipe, texts, config.negative, few=0)  # none is kept: reading them is timed, too
     return Sampler(prompts, pipe.unet, config.solver, config.steps, config.guidance)
 
 
@@ -873,10 +866,7 @@ def shape_captions():
 
 
 def write_vocabulary(texts, folder):
-    """vocab.json and merges.txt in CLIP's format, learnt from the texts, until every word of theirs is one token.
-
-    Byte-pair encoding [Sennrich+16]: merge the most frequent pair of neighbours until no word has any.
-    """
+    """vocab.json and merges.txt, learnt from the texts: merge the most frequent pair until each word is one token."""
     words = [word for text in texts for word in text.lower().split()]
     counts = {spell(word): words.count(word) for word in sorted(set(words))}
     merges = []
@@ -1550,7 +1540,7 @@ def read_json(path):
 
 @dataclass
 class Pipeline:
-    """The parts of a text-to-image model, and their public config.json.  shape: (C, h, w) of a latent, see prepare."""
+    """The parts of a text-to-image model, and their public configs.  shape: (C, h, w) of a latent, see prepare."""
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextEncoder
     unet: UNet

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,19 @@ def test_the_network_reads_the_papers_clock(steps, clock):
     close(x1, x0 + constant, atol=1e-6)
 
 
+@pytest.mark.parametrize("guidance, calls", [(0.0, 1), (1.0, 1), (2.5, 2)])
+def test_a_diffusion_model_is_solved_or_read_as_a_velocity(guidance, calls):
+    def unet(x, s, text):
+        return torch.sin(x + s[:, None, None, None] / 300) + text.mean((1, 2))[:, None, None, None]
+    x0, (text, null) = torch.randn(3, 2, 4, 4), texts(3)
+    eps = partial(chapter.guided(unet, max(1.0, guidance)), text=text, null=null)
+    ends = {"dpm": chapter.dpm_solver(eps, x0, 5), "ddim": chapter.integrate(chapter.velocity_from_eps(eps), x0, 5)[-1]}
+    for solver, end in ends.items():
+        sampler = chapter.Sampler(SimpleNamespace(null=null), unet, solver, 5, guidance)
+        close(sampler(x0, text), end, atol=1e-6)
+        assert sampler.evaluations == 3 * 5 * calls
+
+
 def test_distillation_sees_the_noise_and_nothing_of_the_target():
     """At t = 0 the network's input is x0 to the last bit; the original code's t = 0.001 would mix in x1."""
     x0, x1, x1_other, text = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), texts(4)[0]
@@ -126,6 +140,22 @@ def test_an_exact_straight_flow_has_no_loss():
     close(chapter.one_step_loss(straight, x0, x1, text, chapter.latent_distance), torch.zeros(8), atol=1e-9)
     shuffled = x1.roll(1, 0)                               # another's end: no velocity can tell
     assert chapter.reflow_loss(straight, x0, shuffled, text).mean() > 0.1
+
+
+def test_a_student_goes_through_its_phases_with_its_share_of_the_batch():
+    """Two processes with --accumulate 2 draw a quarter; each phase begins with the network of the one before."""
+    drawn, fitted = [], []
+
+    def fit(name, unet, loss, stream, **settings):
+        loss(None, None, 0)
+        fitted.append((name, unet, stream, settings))
+        return unet + 1
+    run = SimpleNamespace(world=2, config=SimpleNamespace(accumulate=2), fit=fit)
+    phases = [(lambda velocity, *pair: pair, 5, 16, 1e-3), (lambda velocity, *pair: pair, 6, 8, 1e-4)]
+    assert chapter.train_student(run, "2-rf-3", 7, lambda n: drawn.append(n) or (0, 0, 0), phases) == 9
+    assert drawn == [4, 2]
+    assert fitted == [("2-rf-3.1", 7, chapter.seed_for(3, 0, *b"2-rf"), dict(steps=5, batch=16, lr=1e-3)),
+                      ("2-rf-3.2", 8, chapter.seed_for(3, 1, *b"2-rf"), dict(steps=6, batch=8, lr=1e-4))]
 
 
 def test_one_step_without_reflow_is_the_mean_of_its_text():
@@ -307,6 +337,10 @@ def test_every_word_of_the_captions_is_one_token(vocabulary):
     tokenizer = chapter.CLIPTokenizer(*vocabulary)
     captions = chapter.shape_captions()
     assert len(captions) == len(set(captions)) == 32
+    spelt = [chapter.spell(word) for caption in captions for word in caption.split()]
+    pairs = Counter(pair for word in spelt for pair in zip(word, word[1:]))
+    first = vocabulary[1].read_text(encoding="utf-8").splitlines()[1]      # the most frequent pair is merged first
+    assert pairs[tuple(first.split())] == max(pairs.values())
     tokens = tokenizer(captions)
     assert (tokens != tokenizer.end).sum(1).tolist() == [8] * 32 and len(tokens.unique(dim=0)) == 32   # start + 7 words
     theirs = CLIPTokenizer(*map(str, vocabulary))
