@@ -536,7 +536,7 @@ def drop_some(texts, empty, dropout):
 
 # Differs from 02_reflow.py: latents as float16, text in place of labels
 def write_pairs(run, name, sampler, seed, count):
-    """The coupling (x0, x1 = sampler(x0 | T)) of numbers 0 ... count - 1, as files of x1: x0 and T follow from those."""
+    """The coupling (x0, x1 = sampler(x0 | T)) of numbers 0 ... count - 1, as files of x1: the rest follows."""
     run.claim()
     compile_network(sampler.unet, run.config)
     shards = torch.arange(count, device=run.device).split(run.config.shard)
