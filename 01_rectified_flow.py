@@ -80,7 +80,8 @@ def make_pairs(velocity, x0, steps):
 
     x0: (B, *D) noise;  steps: Heun steps, 2 evaluations each.  Returns z0 (B, *D), z1 (B, *D).
     """
-    return x0, integrate(velocity, x0, steps, "heun")[-1]
+    ends = [integrate(velocity, part, steps, "heun")[-1] for part in x0.split(8192)]     # as much as a cache holds
+    return x0, torch.cat(ends)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,6 +422,7 @@ def draw_panels(paths, data, folder):
         lines.append(axis.add_collection(segments))
         dots.append(axis.scatter(*path[-1].T, s=14, c=colours, linewidths=0.3, edgecolors="white", zorder=4))
     save_figure(figure, folder / "paths.png")
+    figure.set_layout_engine("none")                        # the layout is found, once is enough
     for segments in lines:
         segments.remove()
 
