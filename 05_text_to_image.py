@@ -825,7 +825,7 @@ def open_sampler(run, texts):
     require(not is_velocity or config.solver == "euler", f"{config.model} is a velocity: use --solver euler")
     if any(config.delta):
         require(len(config.delta) == 2, f"--delta wants two models, FROM TO, got {len(config.delta)}")
-        merge_delta(pipe.unet, *(fetch(source, WEIGHTS["unet"]) for source in config.delta))
+        merge_delta(pipe.unet, *(fetch_weights(source, WEIGHTS["unet"]) for source in config.delta))
         fine_tune = load_pipeline(config.delta[1])
         pipe.vae = fine_tune.vae                            # it brings its own
         pipe.text_encoder = fine_tune.text_encoder
@@ -1368,7 +1368,7 @@ class CLIP(CLIPTextEncoder):
         self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
-        self.load_state_dict(read_state(self, fetch(folder, "model.safetensors")))
+        self.load_state_dict(read_state(self, fetch_weights(folder, "model.safetensors")))
         self.eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer(fetch(folder, "vocab.json"), fetch(folder, "merges.txt"))
 
@@ -1449,6 +1449,18 @@ def save_safetensors(path, tensors):
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def load_tensors(path):
+    """Name -> tensor from .safetensors, or else from a file of torch.save, whose pickle is read but never run."""
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        require(all(map(torch.is_tensor, tensors.values())), "it holds something else than tensors")
+        return tensors
+    except Exception as error:                              # torch.load has no common class for broken files
+        raise UserError(f"{path} holds no readable weights: {one_line(error)}") from None
+
+
 def read_state(module, path):
     """The file's tensors under the module's own names and in its number format, all of them and no others.
 
@@ -1457,7 +1469,7 @@ def read_state(module, path):
     want = module.state_dict()
     state = {}
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    for name, tensor in load_safetensors(path).items():
+    for name, tensor in load_tensors(path).items():
         name = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: old[m[0]], name)
         if not name.endswith("position_ids"):
             state[name if name in want or "text_model." + name not in want else "text_model." + name] = tensor
@@ -1516,6 +1528,18 @@ def fetch(source, name):
     return path
 
 
+def fetch_weights(source, name):
+    """The weights as safetensors or, if there are none, as older repositories have them: .bin of torch.save."""
+    try:
+        return fetch(source, name)
+    except UserError as error:
+        older = re.sub(r"(^|/)model\.safetensors$", r"\1pytorch_model.bin", name).replace(".safetensors", ".bin")
+        try:
+            return fetch(source, older)
+        except UserError:
+            raise error from None
+
+
 def download(url, path):
     """A file, whole or not at all.  (torch.hub.download_url_to_file would keep a part.)"""
     try:
@@ -1560,7 +1584,7 @@ def load_pipeline(source):
             parts[name] = from_config(network, configs[name])
         if configs[name].get("_class_name") == "StackedUNet":
             parts[name] = StackedUNet(parts[name])
-        parts[name].load_state_dict(read_state(parts[name], fetch(source, WEIGHTS[name])), assign=True)
+        parts[name].load_state_dict(read_state(parts[name], fetch_weights(source, WEIGHTS[name])), assign=True)
     wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
     given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
     require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")

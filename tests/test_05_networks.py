@@ -755,6 +755,38 @@ def test_pipeline_from_a_folder(layout, references):
     assert_pipeline(chapter.load_pipeline(str(layout)), references)
 
 
+def older(layout, folder):
+    """The same model as repositories had it before safetensors: its weights in files of torch.save."""
+    shutil.copytree(layout, folder)
+    for path in list(folder.rglob("*.safetensors")):
+        name = {"model": "pytorch_model"}.get(path.stem, path.stem)
+        torch.save(safetensors.torch.load_file(path), path.with_name(f"{name}.bin"))
+        path.unlink()
+    return folder
+
+
+def test_pipeline_with_the_weights_of_torch_save(layout, references, tmp_path):
+    assert_pipeline(chapter.load_pipeline(older(layout, tmp_path / "old")), references)
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return open, ("hacked", "w")
+
+
+@pytest.mark.parametrize("content", [{"weight": Hostile()}, {"weight": "text"}, [1], b"broken"],
+                         ids=["hostile", "text", "list", "broken"])
+def test_other_files_of_torch_save_are_one_line_and_never_run(layout, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = older(layout, tmp_path / "old") / "unet/diffusion_pytorch_model.bin"
+    path.write_bytes(content) if content == b"broken" else torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline("old")
+    assert path.name in one_line(error) and os.listdir() == ["old"]
+
+
 def test_parts_of_different_models_are_one_line(layout, tmp_path):
     shutil.copytree(layout, tmp_path / "mixed")
     folder = tmp_path / "mixed" / "text_encoder"
