@@ -134,7 +134,7 @@ def copy_run(finished, cwd, *without):
 def one_line(err, *words):
     """The whole of standard error is one line of ours, which holds the words."""
     lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and re.match(r"([\w.]+: )?error: ", lines[0]), err      # argparse puts the script's name first
+    assert len(lines) == 1 and re.match(r"([-\w.]+: )?error: ", lines[0]), err      # argparse puts the script's name first
     for word in words:
         assert str(word) in lines[0], err
 
