@@ -3,10 +3,11 @@
 Stable Diffusion turned into a one-step generator [Liu+24], training included.  What chapters 1 to 4 did with pictures
 happens here in the latent space of an autoencoder, with a text T at every velocity:
     teacher  a diffusion model predicts the noise eps in x_s = a_s x1 + b_s x0; DPM-Solver++ [Lu+22] follows its flow,
-             with guidance: v_null + s (v_text - v_null) [Ho+22]
+             with guidance: v_null + w (v_text - v_null) [Ho+22]
     reflow   E |x1 - x0 - v(x_t, t | T)|^2 on pairs (x0, x1 = ODE[teacher](x0 | T)), from the teacher's weights
-    distil   E D(ODE[v](x0 | T), x0 + v(x0, 0 | T)): D is first |.|^2 of latents, then LPIPS of the decoded pictures
-The network's clock is the teacher's: it is fed 1000 (1 - t), so that t = 0, pure noise, is 1000.
+    distil   E D(ODE[v](x0 | T), x0 + v(x0, 0 | T)): D is first the mean |.|^2 of latents, then LPIPS of their pictures
+    control  the same distillation of the teacher, without reflow: for as many steps, and for those of reflow as well
+The network is fed 1000 (1 - t), the teacher's range of numbers; what t means at them is learned anew.
 
     python 05_text_to_image.py                                 # all of it from nothing on captioned shapes, on a laptop
     python 05_text_to_image.py sample --model XCLiu/instaflow_0_9B_from_sd_1_5 --prompt "a red bicycle" --seed 0
@@ -69,15 +70,15 @@ from tqdm import tqdm
 
 
 def as_velocity(unet, x, t, text):
-    """InstaFlow's network: v(x, t | T) = unet(x, 1000 (1 - t), T), the teacher's weights under the teacher's clock."""
+    """InstaFlow's network, v(x, t | T) = unet(x, 1000 (1 - t), T): fed its range of times, not its noise levels."""
     return unet(x, 1000 * (1 - t), text)
 
 
 def guided(velocity, scale):
-    """Classifier-free guidance [Ho+22]: v_null + s (v_text - v_null), as one call of the network on a double batch.
+    """Classifier-free guidance [Ho+22]: v_null + w (v_text - v_null), as one call of the network on a double batch.
 
     velocity: (x (B, *D), t (B,), text (B, L, C)) -> (B, *D); an eps-network and its time do as well.  Returns a
-    function (x, t, text, null (B, L, C)); s = 1 is the text's own velocity and asks for no null.
+    function (x, t, text, null (1, L, C)); w = 1 is the text's own velocity and asks for no null.
     """
     def flow(x, t, text, null=None):
         if scale == 1:
@@ -91,7 +92,7 @@ def guided(velocity, scale):
 def reflow_loss(velocity, x0, x1, text, a=0.0):
     """E_t |x1 - x0 - v(x_t, t | T)|^2 on the teacher's pairs [Liu+24].  x0, x1: (B, C, h, w) -> (B,).
 
-    Guidance is in x1 already: the student learns the guided flow with a single evaluation.  a = 0: uniform t, as there.
+    Guidance is in x1 already: the student needs one evaluation a step in place of two.  a = 0: uniform t, as there.
     """
     t = u_shaped_times(len(x0), a, x0.device)
     return flow_matching_loss(partial(velocity, text=text), x0, x1, t)
@@ -119,7 +120,7 @@ def picture_distance(vae, perceptual, a, b):
 class Schedule:
     """Stable Diffusion's noise: x_s = a_s x1 + b_s x0, s = 0 ... 999, a_s^2 = prod(1 - beta), b_s^2 = 1 - a_s^2.
 
-    sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) [Rombach+22].  Even x_999 holds 7 % of the picture.
+    sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) [Rombach+22].  Even x_999 holds 7 % of x1's amplitude.
     """
 
     def __init__(self):
@@ -130,10 +131,10 @@ class Schedule:
 
 
 def velocity_from_eps(eps):
-    """A diffusion model as a velocity, exactly: v = x1_hat - eps = (x_t - eps(x_s, s)) / t.
+    """A diffusion model as a velocity, exact from t = 0.064 on: v = x1_hat - eps = (x_t - eps(x_s, s)) / t.
 
-    x_s / (a + b) is x_t for the s with a / (a + b) = t: the same ray, another length; Euler's steps on it are DDIM's.
-    The model knows no less signal than x_999 has, t = 0.064: below, x_t counts as x_999.
+    Dividing x_s by a + b gives x_t with t = a / (a + b), so Euler's steps are DDIM's.  The model knows no less signal
+    than x_999 has, t = 0.064: below, x_t counts as x_999.
     eps: (x (B, *D), s (B,), *more) -> noise (B, *D).  Returns a velocity (x (B, *D), t (B,), *more) -> (B, *D).
     """
     schedule = Schedule()
@@ -201,7 +202,7 @@ class Config:
     seeds: Annotated[int, 1, 100] = 1                       # students trained from the one teacher
     unet: Literal["plain", "stacked"] = "plain"             # stacked: the distilled network is two U-Nets in a row
     init: Literal["teacher", "negated"] = "negated"         # students' start: the teacher, or with conv_out negated
-    direct: bool = True                                     # distil the teacher itself, too: as long, and longer
+    direct: bool = True                                     # the control: distil the teacher itself, too
     vae_steps: Count = 1000                                 # training steps of the tiny autoencoder
     vae_batch: Count = 16                                   # pictures in a step of it
     vae_channels: Widths = (16, 32)                         # its widths; each but the first halves the picture
@@ -223,7 +224,7 @@ class Config:
     reflow_steps: Counts = (1200,)                          # training steps of 2-RF, one number a phase
     reflow_batch: Counts = (16,)                            # pairs in a step of each phase
     distill_guidance: Guidance = 1.5                        # guidance of 2-RF when it makes the pairs to distil
-    distill_solver_steps: Count = 8                         # its Euler steps
+    distill_solver_steps: Count = 8                         # Euler steps of 2-RF for these pairs
     distill_steps: Counts = (100, 50)                       # distillation by |.|^2 of latents, by LPIPS of pictures
     distill_batch: Counts = (16, 16)                        # pairs in a step of each
     student_lr: Amount = 1e-3                               # peak learning rate of the students
@@ -373,7 +374,7 @@ def pair_loss(model, ema, step, draw, loss):
 
 
 def negated(unet):
-    """A copy with the output's other sign: the teacher's is about x0, a velocity's -x0, which takes long to unlearn."""
+    """A copy whose output is negated: the teacher predicts x0, a velocity holds -x0.  ([Liu+24] does not.)"""
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
         p.data.neg_()
@@ -388,7 +389,7 @@ def check_settings(run):
     require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
     two = len(config.distill_steps) == len(config.distill_batch) == 2
     require(two, "--distill-steps and --distill-batch want 2 numbers each: latents, pictures")
-    for batch in (config.vae_batch, *config.reflow_batch, *config.distill_batch):
+    for batch in ([] if config.model else [config.vae_batch]) + [*config.reflow_batch, *config.distill_batch]:
         require(batch % slices == 0, f"a batch of {batch} cannot be cut into {slices} equal slices")
     require(config.model or config.preset != "paper", "--preset paper needs --model, Stable Diffusion 1.x")
     require(config.prompts or not config.model, "--model needs --prompts FILE, a text file with a prompt a line")
@@ -793,7 +794,7 @@ def evaluate_main(config):
             scores += (judge.embed_images(images) * texts).sum(1).tolist()
         clock = time.perf_counter()
     result = {"captions": len(captions), "size": [*images.shape[2:]],
-              "seconds per batch": float(np.median(seconds[len(seconds) > 1:]))}    # the first batch also warms up
+              "seconds per batch": float(np.median(seconds[1:] or seconds))}        # the first batch also warms up
     if features:
         real = real_features(features, config.real, run.device)
         result["FID"] = frechet_from_moments(*moments(torch.cat(rows)), *moments(real))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -950,3 +951,11 @@ def test_a_wrong_evaluation_is_one_line(run, tmp_path, args, words):
     code, _, err = run("evaluate", *args)
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["c.txt"]
     one_line(err, *words)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_papers_batches_can_be_shared_by_so_many_processes(world):
+    """The README's command on eight GPUs; the tiny autoencoder's batch does not matter where none is trained."""
+    config = chapter.parse_config(chapter.Config, "--preset paper --model folder --prompts file".split())
+    assert config.batch % (world * config.accumulate) == 0
+    chapter.check_settings(types.SimpleNamespace(config=config, world=world))
