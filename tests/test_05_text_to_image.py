@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -958,4 +957,4 @@ def test_the_papers_batches_can_be_shared_by_so_many_processes(world):
     """The README's command on eight GPUs; the tiny autoencoder's batch does not matter where none is trained."""
     config = chapter.parse_config(chapter.Config, "--preset paper --model folder --prompts file".split())
     assert config.batch % (world * config.accumulate) == 0
-    chapter.check_settings(types.SimpleNamespace(config=config, world=world))
+    chapter.check_settings(SimpleNamespace(config=config, world=world))
