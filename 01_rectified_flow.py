@@ -606,7 +606,7 @@ def replacing(path):
         yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -628,9 +628,11 @@ def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return {**content, "config": content["config"]}     # a TypeError or KeyError where it is not ours
+        return {**content, "config": dict(content["config"])}      # TypeError, KeyError: not ours
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
     except Exception as error:                              # torch.load has no common class for broken files
-        raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
+        raise UserError(f"{path} is broken or not ours ({type(error).__name__}); delete it") from None
 
 
 def surroundings(script):
@@ -670,10 +672,17 @@ class Run:
         settings = dataclasses.asdict(self.config)
         if self.rank == 0 and not self.claimed:
             try:
-                old = json.loads(record.read_text())["settings"] if record.exists() else None
+                content = json.loads(record.read_text()) if record.exists() else None
+                old = content and dict(content["settings"])
+                mine = not content or content["script"] == self.script.name
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{record} is another program's; choose another --out") from None
-            if old and self.config.fresh:                   # only a folder that holds a run is ever deleted
+                mine = False
+            if not mine:
+                raise UserError(f"{record} is another program's; choose another --out")
+            if old and self.config.fresh:                   # only a folder that holds a run of this script is deleted
+                for name, value in settings.items():        # and none with what the run is to read
+                    if value and isinstance(value, str) and self.folder.resolve() in Path(value).resolve().parents:
+                        raise UserError(f"--fresh would delete --{name} {value}; choose another --out")
                 shutil.rmtree(self.folder)
             elif old:
                 self.compare(old, settings, self.folder)
@@ -693,8 +702,11 @@ class Run:
 
     def wait(self):
         """A barrier between the processes of a torchrun."""
-        if self.world > 1:
-            dist.barrier()
+        try:
+            if self.world > 1:
+                dist.barrier()
+        except RuntimeError:
+            raise UserError(f"process {self.rank} stops, since another one has") from None
 
     def fit(self, name, model, loss_fn, stream=0, **changes):
         """Train a copy of model to the end, go on where <name>.pt stopped, or just read it if it is finished.
@@ -776,11 +788,12 @@ def launch(main, Config):
     signal.signal(signal.SIGTERM, note_stop)
     try:
         main(parse_config(Config))
-    except (UserError, OSError) as error:                   # OSError: no such file, disk full, no network
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:      # OSError: no file, no network, disk full
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
+        words = ", without --fresh," if "--fresh" in sys.argv else ""
+        print(f"stopped; the same command{words} continues from here", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

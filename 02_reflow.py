@@ -213,7 +213,11 @@ def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
     pairs = run.config.pairs
     for first in range(0, pairs, run.config.shard):
-        z1 = load_checkpoint(run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt")["z1"]
+        path = run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt"
+        z1 = load_checkpoint(path).get("z1", torch.empty(0))
+        side = run.config.image_size
+        if z1.dtype != torch.uint8 or z1.shape != (min(run.config.shard, pairs - first), *z1.shape[1:2], side, side):
+            raise UserError(f"{path} holds other pairs; delete it and run again")
         if first == 0:                                      # may be most of the memory: it is there once
             images = to_device(torch.empty(pairs, *z1.shape[1:], dtype=torch.uint8), run.device)
         images[first:first + len(z1)] = z1.to(run.device)
@@ -538,13 +542,15 @@ def load_data(run):
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
     folder = run.config.data_dir
+    fetch = run.config.download and run.rank == 0
     try:
-        if run.config.download and run.rank == 0:
+        if fetch:
             torchvision.datasets.CIFAR10(folder, download=True)
         run.wait()
         data = torchvision.datasets.CIFAR10(folder)
-    except RuntimeError as error:                           # torchvision's word for missing or broken files
-        raise UserError(f"no CIFAR-10 in {folder} ({error}): pass --download to fetch it (170 MB)") from None
+    except (OSError, RuntimeError) as error:                # no network; missing or broken files
+        advice = f"the download failed ({error})" if fetch else "pass --download to fetch it (170 MB)"
+        raise UserError(f"no CIFAR-10 in {folder}: {advice}") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
     images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
@@ -978,7 +984,7 @@ def replacing(path):
         yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -1000,9 +1006,11 @@ def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote.  weights_only: a stranger's pickle is refused, never run."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return {**content, "config": content["config"]}     # a TypeError or KeyError where it is not ours
+        return {**content, "config": dict(content["config"])}      # TypeError, KeyError: not ours
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
     except Exception as error:                              # torch.load has no common class for broken files
-        raise UserError(f"{path} is missing, broken or not ours ({type(error).__name__}); delete it") from None
+        raise UserError(f"{path} is broken or not ours ({type(error).__name__}); delete it") from None
 
 
 def surroundings(script):
@@ -1042,10 +1050,17 @@ class Run:
         settings = dataclasses.asdict(self.config)
         if self.rank == 0 and not self.claimed:
             try:
-                old = json.loads(record.read_text())["settings"] if record.exists() else None
+                content = json.loads(record.read_text()) if record.exists() else None
+                old = content and dict(content["settings"])
+                mine = not content or content["script"] == self.script.name
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{record} is another program's; choose another --out") from None
-            if old and self.config.fresh:                   # only a folder that holds a run is ever deleted
+                mine = False
+            if not mine:
+                raise UserError(f"{record} is another program's; choose another --out")
+            if old and self.config.fresh:                   # only a folder that holds a run of this script is deleted
+                for name, value in settings.items():        # and none with what the run is to read
+                    if value and isinstance(value, str) and self.folder.resolve() in Path(value).resolve().parents:
+                        raise UserError(f"--fresh would delete --{name} {value}; choose another --out")
                 shutil.rmtree(self.folder)
             elif old:
                 self.compare(old, settings, self.folder)
@@ -1065,8 +1080,11 @@ class Run:
 
     def wait(self):
         """A barrier between the processes of a torchrun."""
-        if self.world > 1:
-            dist.barrier()
+        try:
+            if self.world > 1:
+                dist.barrier()
+        except RuntimeError:
+            raise UserError(f"process {self.rank} stops, since another one has") from None
 
     def fit(self, name, model, loss_fn, stream=0, **changes):
         """Train a copy of model to the end, go on where <name>.pt stopped, or just read it if it is finished.
@@ -1148,11 +1166,12 @@ def launch(main, Config):
     signal.signal(signal.SIGTERM, note_stop)
     try:
         main(parse_config(Config))
-    except (UserError, OSError) as error:                   # OSError: no such file, disk full, no network
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:      # OSError: no file, no network, disk full
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
+        words = ", without --fresh," if "--fresh" in sys.argv else ""
+        print(f"stopped; the same command{words} continues from here", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

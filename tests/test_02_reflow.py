@@ -314,7 +314,7 @@ def test_a_spoiled_shard_is_named(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     make(tmp_path)
     spoil(tmp_path / "pairs" / "2-rf" / "00001.pt", how)
-    with pytest.raises(chapter.UserError, match="00001.pt .*delete it"):
+    with pytest.raises(chapter.UserError, match="00001.pt (is missing|.*delete it)"):
         chapter.load_pairs(some_run(tmp_path), "2-rf")
     assert not (tmp_path / "hacked").exists()
 
@@ -845,3 +845,21 @@ def test_a_finished_network_sees_batches_of_one_size(tmp_path):
         chapter.write_pairs(run, "2-rf", velocity, stream=2)
         chapter.evaluate(velocity, chapter.feature_moments(images, features, run.device), features, run)
     torch._dynamo.reset()
+
+
+def test_fresh_never_deletes_what_the_run_is_to_read(finished, run, here):
+    folder = copy_run(finished, here)
+    before = (folder / "1-rf.pt").read_bytes()
+    code, _, err = run(*TINY, "--teacher", folder / "1-rf.pt", "--fresh")
+    assert code == 2 and (folder / "1-rf.pt").read_bytes() == before and (folder / "2-rf.pt").exists()
+    one_line(err, "--fresh would delete --teacher")
+
+
+@pytest.mark.parametrize("z1", [torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.rand(8, 3, 8, 8),
+                                torch.zeros(8, 3, 16, 16, dtype=torch.uint8), None], ids=["few", "float", "large", "none"])
+def test_a_shard_of_other_pairs_is_one_line(finished, run, here, z1):
+    folder = copy_run(finished, here, "2-rf.pt")
+    chapter.save_checkpoint(folder / "pairs/2-rf/00000.pt", config={}, **({} if z1 is None else {"z1": z1}))
+    code, _, err = run(*TINY)
+    assert code == 2
+    one_line(err, "00000.pt holds other pairs")

@@ -760,7 +760,7 @@ def test_the_exported_generator_draws_the_same_without_the_repository(finished, 
 
 def test_a_file_that_is_no_network_is_one_line(finished, here, run):
     torch.save({"config": {"image_size": 8}, "model": {"a": torch.zeros(2)}}, "odd.pt")
-    for file, words in (("odd.pt", ["odd.pt is no network"]), (finished.folder / "run.json", ["is missing, broken or not ours"])):
+    for file, words in (("odd.pt", ["odd.pt is no network"]), (finished.folder / "run.json", ["broken or not ours"])):
         code, _, err = run("--checkpoint", file, "--samples", 2, "--out", "drawn", "--device", "cpu")
         assert code == 2 and not (here / "drawn").exists()
         one_line(err, *words)
@@ -770,3 +770,16 @@ def test_the_commands_of_the_docstring_have_flags_that_exist():
     fields = {f"--{name.replace('_', '-')}" for name in vars(chapter.Config())}
     words = [word for line in chapter.__doc__.splitlines() if "python 04" in line for word in line.split()]
     assert {word for word in words if word.startswith("--")} <= fields
+
+
+def test_drawing_overwrites_nothing_and_wants_a_finished_network(finished, here, run):
+    (here / "precious").write_text("mine")
+    for how in (["--samples", 2, "--out", "precious"], ["--export", "precious"]):
+        code, _, err = run("--checkpoint", finished.folder / "rf.pt", *how, "--device", "cpu")
+        assert code == 2 and (here / "precious").read_text() == "mine"
+        one_line(err, "precious exists already")
+    state = torch.load(finished.folder / "rf.pt", weights_only=True)
+    torch.save(state | {"optimizer": {}}, here / "half.pt")
+    code, _, err = run("--checkpoint", "half.pt", "--export", "x.pt2", "--device", "cpu")
+    assert code == 2 and not (here / "x.pt2").exists()
+    one_line(err, "half.pt is not trained to its end")

@@ -958,3 +958,11 @@ def test_the_papers_batches_can_be_shared_by_so_many_processes(world):
     config = chapter.parse_config(chapter.Config, "--preset paper --model folder --prompts file".split())
     assert config.batch % (world * config.accumulate) == 0
     chapter.check_settings(SimpleNamespace(config=config, world=world))
+
+
+def test_a_velocity_is_no_teacher(finished, run, here):
+    """A chain on it would train to its end and draw nonsense."""
+    (here / "prompts.txt").write_text("a red circle on a white background\n")
+    code, _, err = run(*TINY, "--model", finished.folder / "2-rf-0", "--prompts", "prompts.txt", "--out", "mine")
+    assert code == 2 and not (here / "mine").exists()
+    one_line(err, "2-rf-0 predicts velocity")

@@ -222,7 +222,8 @@ def test_fresh_starts_over(finished, run, here):
 
 
 @pytest.mark.parametrize("foreign", ["thesis.txt", "run.json"])
-@pytest.mark.parametrize("content", ["precious", '{"model_type": "bert"}', "[1]"])
+@pytest.mark.parametrize("content", ["precious", '{"model_type": "bert"}', "[1]", '{"settings": {"editor": "vim"}}',
+                                     '{"script": "02_reflow.py", "settings": {"steps": 3}}'])
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
 def test_a_folder_that_is_not_ours_is_never_touched(run, here, foreign, content, fresh):
     """Whatever is in it, even a run.json of another program."""

@@ -20,8 +20,8 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (800, 800, 200), "02": (1170, 790, 320), "03": (1460, 525, 320), "04": (1540, 610, 320),
-         "05": (2220, 1640, 2220)}
+SIZES = {"01": (810, 810, 200), "02": (1190, 800, 320), "03": (1475, 525, 320), "04": (1560, 612, 320),
+         "05": (2240, 1642, 2240)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
 IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from_file_location", "exec"}
