@@ -312,7 +312,7 @@ def test_a_good_script_passes(tmp_path, check):
     (short_functions, LOOP, LOOP + statements(60), "train has 65 lines"),
     (short_method, "    return x\n", statements(19) + "    return x\n", "method in 'The method' has 21 lines"),
     (short_method, "# The method\n", "# Data\n", "no function"),
-    (sizes, "number_0", statements(700, 0) + "number_0", "lines, at most"),
+    (sizes, "number_0", statements(1000, 0) + "number_0", "lines, at most"),
     (sizes, "number_0", f"def main():\n    pass\n{statements(200)}number_0", "lines before main ends"),
     (few_parameters, "def _hidden(x)", "def _hidden(x, a, b, c, *, d, e)", "_hidden has 6 parameters"),
     (few_parameters, "number_0", "class A:\n    def f(self, a, b, c, d, e, f): pass\nnumber_0", "f has 6 parameters"),
