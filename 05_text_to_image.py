@@ -28,7 +28,6 @@ import dataclasses
 import datetime
 import hashlib
 import inspect
-import io
 import json
 import math
 import mmap
