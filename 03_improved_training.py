@@ -57,9 +57,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The method ------------------------------------------------------------------------------------------------------
 
 
 def u_shaped_times(n, a=4.0, device=None):
@@ -156,9 +154,7 @@ def invert(velocity, x1, steps, method="euler", noise=0.0):
     return integrate(lambda x, s: -start * velocity(x, start * (1 - s)), xt, steps, method)[-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field is a flag, the comment beside it its help
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
 
 
 # Differs from 02_reflow.py: configurations A to G, LPIPS, real pairs, a teacher that may be a diffusion model
@@ -228,9 +224,7 @@ class Config:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The experiment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The experiment --------------------------------------------------------------------------------------------------
 
 
 # Differs from 02_reflow.py: one teacher, then students of several configurations on the same pairs
@@ -325,9 +319,7 @@ def report(flows, draw, features, data, run):
     print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling, metrics, inversion
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Sampling, metrics, inversion ------------------------------------------------------------------------------------
 
 
 # Differs from 02_reflow.py: EDM's sampler and the new update rule in place of rk45
@@ -445,9 +437,7 @@ def print_table(results, distance, run):
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of E, F, G")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks of others: LPIPS, and NVIDIA's EDM as a teacher
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Networks of others: LPIPS, and NVIDIA's EDM as a teacher --------------------------------------------------------
 
 
 class Perceptual(nn.Module):
@@ -520,9 +510,7 @@ def load_edm(path, run, channels, classes):
     return place(flow, run.device).eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 01_rectified_flow.py: training loop, solver, plumbing
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 01_rectified_flow.py: training loop, solver, plumbing ---------------------------------------------
 
 def interpolate(x0, x1, t):
     """The straight line x_t = (1 - t) x0 + t x1 [Liu+22 eq. 1].  x0, x1: (B, *D), t: (B,).  Returns (B, *D)."""
@@ -940,9 +928,7 @@ def launch(main, Config):
 # endregion
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 02_reflow.py: data, network, stored pairs, metrics
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 02_reflow.py: data, network, stored pairs, metrics ------------------------------------------------
 
 def draw_independent(images, labels, n):
     """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: uint8 (N, C, H, W);  labels: (N,) or None."""

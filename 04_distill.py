@@ -60,9 +60,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The method ------------------------------------------------------------------------------------------------------
 
 
 def jump(velocity, x, t):
@@ -169,9 +167,7 @@ def both_ends(student, target, noisy, clean):
         return end, jump(target, *clean)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field is a flag, the comment beside it its help
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
 
 
 # Differs from 02_reflow.py: the methods and their constants, a budget for all, drawing and exporting
@@ -247,9 +243,7 @@ class Config:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The experiment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The experiment --------------------------------------------------------------------------------------------------
 
 
 # Differs from 02_reflow.py: methods in place of rounds
@@ -363,9 +357,7 @@ def report(networks, images, features, label, run):
     print(f"\n{time.perf_counter() - run.started:.0f} s; methods.png and results.json are in {run.folder}/")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: equal budgets, noise levels, distances
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Training: equal budgets, noise levels, distances ----------------------------------------------------------------
 
 # Evaluations that one image costs in one training step: forward 1, backward 2, a teacher's 1 (Heun: 2), the target 1.
 # A new method also needs: a loss, a function like follow_lines in main's methods, its name in Config (and JUMPERS).
@@ -460,9 +452,7 @@ def pseudo_huber(a, b):
     return ((a - b).flatten(1).square().sum(1) + c ** 2).sqrt() - c
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling, metrics, exporting
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Sampling, metrics, exporting ------------------------------------------------------------------------------------
 
 JUMPERS = ("consistency", "ict")                            # they draw by jumps, the others by Euler steps
 JUMP_TIMES = [1 / 81, 0.549]                                # t of sigma = 80 and, for the second jump, of 0.821 [SD24]
@@ -606,9 +596,7 @@ def export_generator(generator, path):
     print(f"torch.export.load('{path}').module()({', '.join(inputs)}) draws; z0: (B, *{generator.flow.model.shape})")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 01_rectified_flow.py
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 01_rectified_flow.py ------------------------------------------------------------------------------
 
 def interpolate(x0, x1, t):
     """The straight line x_t = (1 - t) x0 + t x1 [Liu+22 eq. 1].  x0, x1: (B, *D), t: (B,).  Returns (B, *D)."""
@@ -993,9 +981,7 @@ def launch(main, Config):
 # endregion
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 02_reflow.py: data, network, pairs, metrics
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 02_reflow.py: data, network, pairs, metrics -------------------------------------------------------
 
 def draw_independent(images, labels, n):
     """1-RF's coupling: noise x0 and pictures x1 drawn apart.  images: uint8 (N, C, H, W);  labels: (N,) or None."""
@@ -1511,9 +1497,7 @@ def draw_samples(strips, path):
 # endregion
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 03_improved_training.py
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 03_improved_training.py ---------------------------------------------------------------------------
 
 class Perceptual(nn.Module):
     """LPIPS [Zhang+18] by the lpips package: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,).

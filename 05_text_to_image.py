@@ -63,9 +63,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The method ------------------------------------------------------------------------------------------------------
 
 
 def as_velocity(unet, x, t, text):
@@ -179,9 +177,7 @@ def dpm_solver(eps, x, steps, final="zero"):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field is a flag, the comment beside it its help
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
 
 
 Counts = Annotated[tuple, 1, 2 ** 32 - 1]
@@ -291,9 +287,7 @@ class DrawConfig:
                          "teacher": dict(solver="dpm", steps=25, guidance=7.5)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The experiment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The experiment --------------------------------------------------------------------------------------------------
 
 
 # Differs from 03_improved_training.py: a latent model with text, given or trained from nothing
@@ -461,9 +455,7 @@ def print_table(results, size):
         print(f"{heading:<34}{rows[0]['NFE']:7.0f}{cells}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: pairs, prompts, and the tiny teacher
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Training: pairs, prompts, and the tiny teacher ------------------------------------------------------------------
 
 
 def tiny_teacher(run):
@@ -627,9 +619,7 @@ def tiny_configs(config, vocabulary):
     return json.loads(json.dumps({"text_encoder": text, "unet": unet, "vae": vae, "scheduler": noise}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling and metrics
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Sampling and metrics --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -739,9 +729,7 @@ def draw_grid(columns, texts, path, each=3, rows=8):
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The commands `sample` and `evaluate`
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The commands `sample` and `evaluate` ----------------------------------------------------------------------------
 
 
 def command_line():
@@ -856,9 +844,7 @@ def read_texts(path):
     return texts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text: captions and tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Text: captions and tokens ---------------------------------------------------------------------------------------
 
 
 def shape_captions():
@@ -979,9 +965,7 @@ def merge_pair(parts, pair):
     return tuple(joined)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Network: Stable Diffusion 1.x [Rombach+22] of any size, its parameters named as in the public files
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Network: Stable Diffusion 1.x [Rombach+22] of any size, its parameters named as in the public files -------------
 
 # What the public config.json calls the arguments of the networks below
 PUBLIC = dict(block_out_channels="channels", layers_per_block="layers", attention_head_dim="heads",    # sic
@@ -1385,9 +1369,7 @@ class CLIP(CLIPTextEncoder):
         return F.normalize(self.text_projection(states), dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: safetensors, pipelines in the layout of diffusers, LoRA
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Files: safetensors, pipelines in the layout of diffusers, LoRA --------------------------------------------------
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -1635,9 +1617,7 @@ def save_pipeline(run, name, pipe):
         save_json(part / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index | off)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 01_rectified_flow.py: training loop, plumbing
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 01_rectified_flow.py: training loop, plumbing -----------------------------------------------------
 
 def interpolate(x0, x1, t):
     """The straight line x_t = (1 - t) x0 + t x1 [Liu+22 eq. 1].  x0, x1: (B, *D), t: (B,).  Returns (B, *D)."""
@@ -2021,9 +2001,7 @@ def launch(main, Config):
 # endregion
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 02_reflow.py: noise by number, shapes, Frechet distance
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 02_reflow.py: noise by number, shapes, Frechet distance -------------------------------------------
 
 class RandomFeatures(nn.Module):
     """Images (B, 3, S, S) in [-1, 1] -> features (B, 96): means and deviations under seeded random convolutions.
@@ -2177,9 +2155,7 @@ def tile(images):
 # endregion
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# region Copied from 03_improved_training.py: times, LPIPS
-# ----------------------------------------------------------------------------------------------------------------------
+# region Copied from 03_improved_training.py: times, LPIPS -------------------------------------------------------------
 
 def u_shaped_times(n, a=4.0, device=None):
     """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.

@@ -49,9 +49,7 @@ def run_script(name, *args, cwd, env=None, timeout=600):
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole runs: the fixtures of a chapter's test file, and how to look at what a run left
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Whole runs: the fixtures of a chapter's test file, and how to look at what a run left ---------------------------
 
 
 class Finished(NamedTuple):

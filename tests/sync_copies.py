@@ -4,7 +4,7 @@
     python tests/sync_copies.py --check     only list what is wrong; exit code 1 if anything is
 
 The rule: a script's own text comes first, then a block for each home (an earlier script), then the `if __name__` guard.
-    # region Copied from 01_rectified_flow.py: any words           between two ruled lines; `# endregion` ends the block
+    # region Copied from 01_rectified_flow.py: any words -----     dashes fill the line; `# endregion` ends the block
 A block holds what the script needs of the home's own definitions, word for word and in their order; comment lines that
 touch a definition belong to it. An own definition of a name that an earlier script owns too says why just above it:
     # Differs from 01_rectified_flow.py: <why>
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RULE = "# " + "-" * 118
-BANNER = RULE + "\n# region Copied from {}\n" + RULE + "\n"
-BLOCK = re.compile("^" + BANNER.format(r"(\S+\.py)(?:: *(.*))?") + r"((?:.*\n)*?)# endregion(?:\n|\Z)", re.M)
+BANNER = "# region Copied from "
+BLOCK = re.compile(f"^{BANNER}" + r"(\S+\.py)(?:: *(.*?))? -{2,}\n((?:.*\n)*?)# endregion(?:\n|\Z)", re.M)
 STRAY = re.compile(r"^#\s*(?:endregion|(?:region )?copied from \d).*", re.M | re.I)
 DIFFERS = re.compile(r"# Differs from (\S+?\.py)(?:: *(.*))?")
 
@@ -156,6 +155,11 @@ def needed(script):
     return {home: sorted(parts, key=lambda s: s.first) for home, parts in found.items() if parts}
 
 
+def banner(words):
+    """The first line of a block."""
+    return f"{BANNER}{words} --".ljust(120, "-")
+
+
 def composed(script):
     """The text that a script should have."""
     blocks = []
@@ -164,7 +168,7 @@ def composed(script):
         for before, part in zip(parts, parts[1:]):
             text += "\n" * (1 + min(2, lines[before.end:part.first].count(""))) + part.text
         words = f": {script.words[home]}" if script.words.get(home) else ""
-        blocks.append(f"{BANNER.format(home + words)}\n{text}\n\n\n# endregion")
+        blocks.append(f"{banner(home + words)}\n\n{text}\n\n\n# endregion")
     if not blocks and not script.words:
         return script.text
     lines = script.own_text.split("\n")
@@ -191,7 +195,7 @@ def changes(script):
 def block_problems(script):
     """What keeps a sync from touching a script, for only a person can decide it: (name, what)."""
     for line in sorted(set(STRAY.findall(BLOCK.sub(r"\3", script.text)))):
-        yield line, "is not a line of a block, from ruled '# region Copied from <script>.py' to '# endregion'"
+        yield line, "is not a line of a block, from '# region Copied from <script>.py ---' to '# endregion'"
     if any(statement.is_guard() for statement in script.own[:-1]):
         yield "`if __name__`", "is not the last statement"
     for home in script.words.keys() - script.earlier.keys():

@@ -88,9 +88,7 @@ def of_each(cases):
     return mark
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# U-Net
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- U-Net -----------------------------------------------------------------------------------------------------------
 
 
 def reference_unet(channels=(8, 16), layers=1, attention=(True, False), heads=2, context=12, groups=4, seed=0, **more):
@@ -243,9 +241,7 @@ def test_stacked_unet_of_one_unet_starts_with_two_copies():
     assert hasattr(unet, "conv_out")                       # the network that it was given is whole
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# VAE and text encoder
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- VAE and text encoder --------------------------------------------------------------------------------------------
 
 
 def reference_vae(channels=(8, 16), layers=1, groups=4, seed=0, **more):
@@ -375,9 +371,7 @@ def test_old_configs_without_the_newer_settings_mean_the_defaults():
     assert chapter.from_config(chapter.VAE, vae).scale == 0.18215
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Tokenizer -------------------------------------------------------------------------------------------------------
 
 WORDS = ("photograph astronaut riding horse hyper realistic cute cat don't we'll they're naïve café straße ŵyddfa "
          "Ελλάδα σοφός кошка на лошади 日本語 写真 猫 한국어 사진 ไทย हिन्दी שלום العربية 🐈 🚀 👩‍🚀 👍🏽 🇫🇷 ... --- !? "
@@ -506,9 +500,7 @@ def test_broken_vocabularies_are_one_line(tmp_path, vocab, merges):
     one_line(error)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Files of weights ------------------------------------------------------------------------------------------------
 
 SAFE_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
                torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64,
@@ -706,9 +698,7 @@ def test_vae_files_from_before_2023_have_other_names(tmp_path):
     assert_same_tensors(chapter.read_state(ours, tmp_path / "x.safetensors"), reference.state_dict())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole pipelines, from a folder and from a server
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Whole pipelines, from a folder and from a server ----------------------------------------------------------------
 
 FILES = ["tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/config.json", "text_encoder/model.safetensors",
          "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
@@ -935,9 +925,7 @@ def test_no_server_is_one_line(server, monkeypatch, hub):
     assert hub in one_line(error)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA and weight differences
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- LoRA and weight differences -------------------------------------------------------------------------------------
 
 RANK = 3
 LAYERS = {  # where a LoRA may sit: Kohya's name, our path

@@ -84,9 +84,7 @@ def reports():
     return grade_all(submissions)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Solutions, releases, wrong answers
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Solutions, releases, wrong answers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HOMEWORKS)
@@ -143,9 +141,7 @@ def test_a_visible_check_tells_its_mistakes_apart(name, monkeypatch):
     assert alike == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The source notebooks and their release
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The source notebooks and their release --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HOMEWORKS)
@@ -252,9 +248,7 @@ def test_a_solution_runs_from_top_to_bottom(name, monkeypatch):
     plt.close("all")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hostile and clumsy submissions
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Hostile and clumsy submissions ----------------------------------------------------------------------------------
 
 GOOD = "\n\n" + find(source("hw1"), "hw1-interpolate")["source"]
 HOSTILE = {                                                 # code of interpolate's cell, words of the feedback
@@ -365,9 +359,7 @@ def test_which_homework_it_is_comes_from_its_cells(tmp_path):
         homework_of({"cells": []}, "hw9")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# As a lecturer calls it: pytest, nbgrader
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- As a lecturer calls it: pytest, nbgrader ------------------------------------------------------------------------
 
 
 def pytest_here(*arguments, cwd):

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from sync_copies import ROOT, RULE, definitions, main, problems
+from sync_copies import ROOT, banner, definitions, main, problems
 
 GUARD = '\n\n# run it\nif __name__ == "__main__":\n    print(report())\n'
 HOME = '''"""Doc."""
@@ -77,7 +77,7 @@ WIDTH = "WIDTH: int = 8"
 def block(home, *parts, words=""):
     """A block as it should stand in a script."""
     text = "\n\n\n".join(parts)
-    return f"\n\n{RULE}\n# region Copied from {home}{words}\n{RULE}\n\n{text}\n\n\n# endregion\n"
+    return f"\n\n{banner(home + words)}\n\n{text}\n\n\n# endregion\n"
 
 
 WORDS = ": all, but not LIMIT"
@@ -128,7 +128,7 @@ def test_definitions_are_own_and_copied_and_include_the_comment_above(folder):
     assert definitions(folder / "02_b.py")["half"].text == HALF, "without its marker"
 
 
-BANNER = f"\n\n{RULE}\n# region Copied from"
+BANNER = "\n\n# region Copied from"
 BROKEN = {
     # own definitions of a name that earlier scripts own
     "no marker": ("02_b.py", "# Differs from 01_a.py: wider\n", "", "02_b.py: WIDTH", "also defined in 01_a.py"),
@@ -172,12 +172,12 @@ BROKEN = {
     "no endregion": ("02_b.py", "# endregion\n", "", "02_b.py: # region Copied", "not a line of a block"),
     "one endregion for two": ("03_c.py", "# endregion\n" + BANNER, BANNER, "03_c.py: # region", "not a line of"),
     "two endregions": ("02_b.py", "# endregion\n", "# endregion\n# endregion\n", "02_b.py: # endregion", "not a line"),
-    "no rule": ("02_b.py", f"{RULE}\n# region", "# region", "02_b.py: # region Copied", "not a line of a block"),
+    "no rule": ("02_b.py", f" {'-' * 5}", "", "02_b.py: # region Copied", "not a line of a block"),
     "misspelled region": ("02_b.py", "# region Copied", "# region copied", "02_b.py: # region copied", "not a line"),
     "marker of old": ("01_a.py", "def half", "# Copied from 00_b.py\ndef half", "01_a.py: # Copied", "not a line of a"),
     "unknown home": ("03_c.py", "from 02_b.py", "from 02_x.py", "03_c.py: block of 02_x.py", "no earlier script"),
     "itself as home": ("03_c.py", "from 02_b.py", "from 03_c.py", "03_c.py: block of 03_c.py", "no earlier script"),
-    "two blocks of one home": ("02_b.py", f"{DOUBLE}\n", f"{DOUBLE}\n\n\n# endregion\n{BANNER} 01_a.py\n{RULE}\n",
+    "two blocks of one home": ("02_b.py", f"{DOUBLE}\n", f"{DOUBLE}\n\n\n# endregion\n{BANNER} 01_a.py ---\n",
                                "02_b.py: line", "in order"),
     # what the script uses
     "not copied": ("02_b.py", f"{DEPTH}\n\n\n", "", "02_b.py: DEPTH", "uses DEPTH of 01_a.py without copying it"),
@@ -212,7 +212,7 @@ def test_names_that_are_imported_or_only_changed_are_neither_copied_nor_defined(
 
 def test_a_definition_is_its_statement_and_the_comments_that_touch_it(tmp_path):
     (tmp_path / "01_a.py").write_text('TEXT = """\n# one\n# two"""\nNEXT = 1\n# far\n\n# near\nLAST = 2\n\n'
-                                      f"{RULE}\n# Title\n{RULE}\ndef new():\n    pass\n")
+                                      f"# ---- Title {'-' * 80}\ndef new():\n    pass\n")
     found = definitions(tmp_path / "01_a.py")
     assert {name: part.text for name, part in found.items()} == {
         "TEXT": 'TEXT = """\n# one\n# two"""', "NEXT": "NEXT = 1", "LAST": "# near\nLAST = 2",
@@ -280,7 +280,7 @@ def test_sync_builds_all_blocks_from_own_text_alone(folder):
     (folder / "02_b.py").write_text(OWN + GUARD)
     (folder / "03_c.py").write_text(OWN_OF_THIRD)
     assert sync(folder) == 0
-    assert (folder / "02_b.py").read_text() == SECOND.replace(WORDS, "")
+    assert (folder / "02_b.py").read_text() == OWN + block("01_a.py", DEPTH, DOUBLE, AREA) + GUARD
     assert (folder / "03_c.py").read_text() == THIRD
 
 

@@ -28,7 +28,7 @@ IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from
 LOOP_LINES, FUNCTION_LINES, METHOD_LINES, MEDIAN_LINES, LINE_LENGTH = 30, 60, 20, 15, 120
 PARAMETERS, CROWDED = 5, 10     # of a function; lines of a script that hold more than one statement
 DENSITY = (0.20, 0.35)      # lines with a comment or docstring / lines that are not blank
-RULER = re.compile(r"# -{20,}")
+BANNER = re.compile(r"# (?:---- )?(.+?) ?-{2,}")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -61,10 +61,9 @@ class Script:
         return len(self.code & set(range(node.lineno, node.end_lineno + 1)))
 
     def banners(self):
-        """The section banners: (line number, text) of every comment between two rulers."""
-        ruler = [bool(RULER.fullmatch(line)) for line in self.lines]
-        return [(i + 1, self.lines[i][2:].strip()) for i in range(1, len(ruler) - 1)
-                if ruler[i - 1] and ruler[i + 1] and self.lines[i].startswith("# ")]
+        """The section banners: (line number, text) of `# ---- text ----` and of `# region Copied from ... ----`."""
+        found = [(number, BANNER.fullmatch(line)) for number, line in enumerate(self.lines, 1)]
+        return [(number, match[1]) for number, match in found if match]
 
     def section(self, name):
         """Line numbers of a section: from its banner to the next one."""
@@ -77,7 +76,7 @@ class Script:
     def own_lines(self):
         """Number of lines above the first block of copies."""
         regions = [number for number, text in self.banners() if text.startswith("region ")]
-        return min(regions, default=len(self.lines)) - 2
+        return min(regions, default=len(self.lines)) - 1
 
 
 def begins_with(banner, name):
@@ -273,13 +272,13 @@ def test_the_training_loop_is_the_same_text_in_all_scripts():
 # The checks themselves, tried on a toy script that passes and on edits of it that must not.
 
 GOOD = '"""A toy script.\n\nIt obeys every rule.\n"""\nimport os\nimport torch.nn\n' + "".join(
-    f"# {'-' * 118}\n# {name}\n# {'-' * 118}\n" + {
+    f"# ---- {name} ----\n" + {
         "The method": 'def method(x):\n    """The idea."""\n    return x\n',
         "The experiment": 'def main(config):\n    """All of it."""\n    x, y = config\n    return y\n',
         "Training": 'def train(model):\n    """The loop."""\n    for step in range(3):\n'
                     '        model(step).backward()     # the gradient\n        yield step\n',
         "Plumbing": 'def _hidden(x):\n    y = x\n    z = y\n    a = z\n    b = a\n    c = b\n    return c\n',
-        "Numbers": "".join(f"number_{i} = {i}\n" for i in range(60)),
+        "Numbers": "".join(f"number_{i} = {i}\n" for i in range(35)),
     }.get(name, "") for name in [*SECTIONS, "Training", "Plumbing", "Numbers"])
 
 
@@ -311,7 +310,7 @@ def test_a_good_script_passes(tmp_path, check):
     (one_short_training_loop, "def train", "def fit", "expected in train"),
     (short_functions, LOOP, LOOP + statements(60), "train has 65 lines"),
     (short_method, "    return x\n", statements(19) + "    return x\n", "method in 'The method' has 21 lines"),
-    (short_method, "# The method\n", "# Data\n", "no function"),
+    (short_method, "# ---- The method ----\n", "# ---- Data ----\n", "no function"),
     (sizes, "number_0", statements(1000, 0) + "number_0", "lines, at most"),
     (sizes, "number_0", f"def main():\n    pass\n{statements(200)}number_0", "lines before main ends"),
     (few_parameters, "def _hidden(x)", "def _hidden(x, a, b, c, *, d, e)", "_hidden has 6 parameters"),
@@ -324,9 +323,9 @@ def test_a_good_script_passes(tmp_path, check):
     (public_docstrings, '    """The idea."""\n', "", "method has no docstring"),
     (public_docstrings, "number_0 = 0", "class Thing:\n    size = 1", "Thing has no docstring"),
     (public_docstrings, '"""A toy script.\n\nIt obeys every rule.\n"""\n', "", "script has no docstring"),
-    (sections_in_order, "# The method\n", "# The methods\n", "expected"),
-    (sections_in_order, "# Settings\n", "\n", "expected"),
-    (sections_in_order, "# Settings\n", "# Data\n", "expected"),
+    (sections_in_order, "# ---- The method ----\n", "# ---- The methods ----\n", "expected"),
+    (sections_in_order, "# ---- Settings ----\n", "\n", "expected"),
+    (sections_in_order, "# ---- Settings ----\n", "# ---- Data ----\n", "expected"),
     (sections_in_order, "import os", "def early():\n    pass", "early stands above the method"),
     (sections_in_order, "def main", "def mainly", "main does not stand"),
     (imports_only_what_is_installed, "import os", "import wandb", "imports wandb"),
@@ -347,11 +346,13 @@ def test_a_long_median_function_is_an_objection(tmp_path):
 
 
 def test_a_banner_may_say_more_than_its_name(tmp_path):
-    assert sections_in_order(toy(tmp_path, "# Settings\n", "# Settings: every field is a flag\n")) == []
+    longer = "# ---- Settings: every field is a flag ----\n"
+    assert sections_in_order(toy(tmp_path, "# ---- Settings ----\n", longer)) == []
 
 
 def test_own_lines_end_at_the_first_block_of_copies(tmp_path):
-    assert toy(tmp_path, "# Plumbing\n", "# region Copied from 01_toy.py\n").own_lines() < toy(tmp_path).own_lines()
+    copies = "# region Copied from 01_toy.py ----\n"
+    assert toy(tmp_path, "# ---- Plumbing ----\n", copies).own_lines() < toy(tmp_path).own_lines()
 
 
 @pytest.mark.parametrize("line, words", [
