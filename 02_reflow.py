@@ -835,8 +835,9 @@ def train(model, loss_fn, config, stream=0, progress=None):
     """
     optimizer, ema, done = progress or (make_optimizer(model, config), EMA(model, config.ema_decay), 0)
     network, autocast, unsynced = accelerate(model, config)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     for step in range(done, config.steps):
-        torch.manual_seed(seed_for(config.seed, stream, step, process()[0]))
+        torch.manual_seed(seed_for(config.seed, stream, step, rank))
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
@@ -917,11 +918,6 @@ def compile_network(model, config):
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
-
-
-def process():
-    """(rank, number of processes); (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 Whole = Annotated[int, 0, 2 ** 32 - 1]                      # types of settings, with what they may be
@@ -1018,7 +1014,7 @@ class Run:
         self.script = Path(script)
         self.claimed = False
         self.device = choose_device(config.device)
-        self.rank, self.world = process()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
         self.share, rest = divmod(config.batch, self.world * config.accumulate)
         if rest:
@@ -1026,32 +1022,30 @@ class Run:
                             f"with --accumulate {config.accumulate}")
 
     def claim(self):
-        """Make the folder this run's own before the first file is written there; UserError if it is another run's.
+        """Make the folder this run's own before the first file is written there; UserError if other things are in it.
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
         record = self.folder / "run.json"
         settings = dataclasses.asdict(self.config)
-        if self.rank == 0 and not self.claimed:
+        found = any(path.name != ".part-run.json" for path in self.folder.glob("*"))
+        if self.rank == 0 and not self.claimed and found:
             try:
-                content = json.loads(record.read_text()) if record.exists() else None
-                old = content and dict(content["settings"])
-                mine = not content or content["script"] == self.script.name
-            except (ValueError, KeyError, TypeError):
-                mine = False
-            if not mine:
-                raise UserError(f"{record} is another program's; choose another --out")
-            if old and self.config.fresh:                   # only a folder that holds a run of this script is deleted
-                for name, value in settings.items():        # and none with what the run is to read
+                content = json.loads(record.read_text())
+                old = dict(content["settings"]) if content["script"] == self.script.name else None
+            except (OSError, ValueError, KeyError, TypeError):
+                old = None
+            if old is None:
+                raise UserError(f"{self.folder} holds no run of {self.script.name}; choose another --out")
+            if self.config.fresh:
+                for name, value in settings.items():        # not if the run is to read something in there
                     if value and isinstance(value, str) and self.folder.resolve() in Path(value).resolve().parents:
                         raise UserError(f"--fresh would delete --{name} {value}; choose another --out")
                 shutil.rmtree(self.folder)
-            elif old:
+            else:
                 self.compare(old, settings, self.folder)
-            elif self.folder.exists() and any(path.name != ".part-run.json" for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            if not record.exists():
-                save_json(record, surroundings(self.script) | {"settings": settings})
+        if self.rank == 0 and not record.exists():
+            save_json(record, surroundings(self.script) | {"settings": settings})
         self.claimed = True
         self.wait()
 
@@ -1152,6 +1146,9 @@ def launch(main, Config):
         main(parse_config(Config))
     except (UserError, OSError, torch.OutOfMemoryError) as error:      # OSError: no file, no network, disk full
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+    except torch._dynamo.exc.BackendCompilerFailed as error:           # no C compiler, no Python.h, ...
+        print(f"error: torch.compile: {error}".splitlines()[0] + "; --no-compile goes without", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         words = ", without --fresh," if "--fresh" in sys.argv else ""

@@ -280,7 +280,7 @@ class DrawConfig:
     download: bool = False                                  # fetch it if missing
     seed: Whole = 0                                         # seed of the noise
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    compile: bool = False                                   # torch.compile the U-Net (CUDA only; pays for many)
+    compile: bool = False                                   # torch.compile all networks (CUDA only; pays for many)
     out: str = ""                                           # sample: sample.png; evaluate: evaluation.json
     accumulate: ClassVar = 1
     presets: ClassVar = {"instaflow": {}, "2-rf": dict(steps=25, guidance=1.5),
@@ -580,7 +580,7 @@ class Prompts:
         self.pipe = pipe
         self.texts = texts
         self.tokens = pipe.tokenizer(texts).int()
-        if pipe.tokenizer.truncated and process()[0] == 0:
+        if pipe.tokenizer.truncated and int(os.environ.get("RANK", 0)) == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
                   "their ends are cut off", file=sys.stderr)
         self.null = self.encode(pipe.tokenizer([empty]))
@@ -751,13 +751,16 @@ def sample_main(config):
     require(writable, f"cannot write {path}: name a picture, such as {path.stem}.png")
     if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
-    sampler = open_sampler(run, [*config.prompt])
-    numbers = torch.arange(len(config.prompt) * count, device=run.device)           # the same noises for every prompt
-    drawn = pictures(sampler, seed_for(config.seed), numbers // count, numbers % count, config.batch)
-    images = torch.cat([batch.cpu() for batch in tqdm(drawn, "batches", disable=None, leave=False)])
+    sampler, networks = open_sampler(run, [*config.prompt])
+    number, batch = equal_batches(len(config.prompt) * count, config.batch)
+    number = number.to(run.device)
+    drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, batch)    # a row's noises again
+    images = [images.cpu() for images in tqdm(drawn, "batches", disable=None, leave=False)]
+    rows = torch.cat(images)[:len(config.prompt) * count].split(count)
     with replacing(path) as part:
-        Image.fromarray(np.concatenate([tile(row) for row in images.split(count)])).save(part)
-    print(f"{len(images)} pictures in {time.perf_counter() - run.started:.1f} s: {path}")
+        Image.fromarray(np.concatenate([tile(row) for row in rows])).save(part)
+    print_seconds(networks, len(images), batch)
+    print(f"{len(rows) * count} pictures in {time.perf_counter() - run.started:.1f} s: {path}")
 
 
 def evaluate_main(config):
@@ -767,31 +770,49 @@ def evaluate_main(config):
     require(not config.fid or Path(config.real or "?").is_dir(), "--fid needs --real FOLDER of real images")
     captions = read_texts(config.captions)[:config.count or 5000]
     features = inception_features(run) if config.fid else None
-    judge = CLIP(config.clip) if config.clip else None
-    sampler = open_sampler(run, captions)
-    numbers = torch.arange(len(captions), device=run.device)
-    seconds, scores, rows = [], [], []
-    clock = time.perf_counter()
-    for images in tqdm(pictures(sampler, seed_for(config.seed), numbers, numbers, config.batch), disable=None):
-        images = images.cpu()                               # waits for the GPU
-        seconds.append(time.perf_counter() - clock)
+    judge = CLIP(config.clip).to(run.device) if config.clip else None
+    sampler, networks = open_sampler(run, captions)
+    number, batch = equal_batches(len(captions), config.batch)
+    number = number.to(run.device)
+    drawn = pictures(sampler, seed_for(config.seed), number, number, batch)
+    scores, rows = [], []
+    for images in tqdm(drawn, total=len(number) // batch, disable=None):
         if features:                                        # samples and real images of COCO are compared at 256 x 256
             small = F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)
-            rows.append(features(small.to(run.device)).cpu())
+            rows.append(features(small).cpu())
         if judge:
-            texts = judge.embed_texts(captions[len(scores):len(scores) + len(images)])
+            texts = judge.embed_texts([captions[i] for i in number[len(scores):len(scores) + batch]])
             scores += (judge.embed_images(images) * texts).sum(1).tolist()
-        clock = time.perf_counter()
-    result = {"captions": len(captions), "size": [*images.shape[2:]],
-              "seconds per batch": round(float(np.median(seconds[1:] or seconds)), 4)}    # first: warm-up
+    seconds = print_seconds(networks, len(number) // batch, batch)
+    result = {"captions": len(captions), "size": [*images.shape[2:]], "seconds per batch": sum(seconds.values())}
     if features:
         real = real_features(features, config.real, run.device)
-        result["FID"] = frechet_from_moments(*moments(torch.cat(rows)), *moments(real))
+        result["FID"] = frechet_from_moments(*moments(torch.cat(rows)[:len(captions)]), *moments(real))
     if judge:
-        result["CLIP score"] = sum(scores) / len(scores)
+        result["CLIP score"] = float(np.mean(scores[:len(captions)]))
     print("\n".join(f"{name:>18}: {value}" for name, value in result.items()))
-    result |= surroundings(run.script) | {"settings": dataclasses.asdict(config)}
+    result |= surroundings(run.script) | {"seconds": seconds, "settings": dataclasses.asdict(config)}
     save_json(Path(config.out or "evaluation.json"), result)
+
+
+def equal_batches(count, most):
+    """0 ... count - 1 in batches of one size, at most `most`: for another size, networks would be compiled again.
+
+    Returns the numbers, where the last batch begins again at 0 if it is not full, and the size of a batch.
+    """
+    batches = math.ceil(count / most)
+    size = math.ceil(count / batches)
+    return torch.arange(batches * size) % count, size
+
+
+def print_seconds(networks, batches, size):
+    """Where the time goes, by networks: name -> Fast.  Returns name -> median seconds a batch, without the first."""
+    medians = {}
+    for name, network in networks.items():
+        first, *others = np.reshape(network.seconds, (batches, -1)).sum(1).tolist()     # a row of calls for each batch
+        medians[name] = float(np.median(others or [first]))
+        print(f"{name:>18}: {medians[name]:.4f} s a batch of {size}; the first, with all warming up, {first:.2f} s")
+    return medians
 
 
 def real_features(features, folder, device):
@@ -823,9 +844,56 @@ def open_sampler(run, texts):
         path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
     prepare(pipe, run.device, config.size * 2 if len(config.size) == 1 else config.size)
-    compile_network(pipe.unet, config)
     prompts = Prompts(pipe, texts, config.negative, few=0)  # none is kept: reading them is timed, too
-    return Sampler(prompts, pipe.unet, config.solver, config.steps, config.guidance)
+    dtype, options = fast_settings(config, run.device)
+    networks = {"text": Fast(pipe.text_encoder, "forward", dtype, options),
+                "U-Net": Fast(pipe.unet, "forward", dtype, options), "decode": Fast(pipe.vae, "decode", dtype, options)}
+    return Sampler(prompts, pipe.unet, config.solver, config.steps, config.guidance), networks
+
+
+def fast_settings(config, device):
+    """Number format of the weights and arguments of torch.compile, None for no compiling.  All of it is for CUDA.
+
+    float16 is what Stable Diffusion and InstaFlow are published in, and eight times finer than bfloat16.
+    """
+    if device.type != "cuda":
+        return torch.float32, None
+    torch.backends.cudnn.benchmark = config.compile         # trying every kernel pays when compiling does
+    graphs = "reduce-overhead" if config.batch <= 8 else "default"     # small batches wait for the CPU, large do not
+    return torch.float16, dict(mode=graphs, fullgraph=True, dynamic=False) if config.compile else None
+
+
+class Fast:
+    """Takes the place of a module's method: with weights in `dtype` and compiled, seen from outside in float32.
+
+    If float16 overflows, the module goes back to float32 for good.  seconds: of every call.
+    """
+
+    def __init__(self, module, method, dtype, options):
+        self.module = module.to(dtype)
+        self.dtype = dtype
+        self.function = getattr(module, method)
+        if options:
+            self.function = torch.compile(self.function, **options)
+        self.seconds = []
+        setattr(module, method, self)
+
+    def __call__(self, *inputs):
+        clock = time.perf_counter()
+        output = self.run(*inputs)
+        finite = output.isfinite().all().item()             # waits for the GPU
+        if not finite and self.dtype != torch.float32:
+            self.dtype = torch.float32
+            self.module.float()
+            output = self.run(*inputs)
+        self.seconds.append(time.perf_counter() - clock)
+        return output
+
+    def run(self, *inputs):
+        """Neither tokens (B, L) nor times (B,) are rounded.  A copy: a CUDA graph overwrites its output."""
+        inputs = [x.to(self.dtype) if x.dim() > 2 else x for x in inputs]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return self.function(*(x.contiguous() for x in inputs)).to(torch.float32, copy=True)
 
 
 def read_texts(path):
@@ -1364,8 +1432,8 @@ class CLIP(CLIPTextEncoder):
 
     def embed_texts(self, texts):
         """B texts -> (B, dim): the state of the first end token has seen the whole text."""
-        tokens = self.tokenizer(texts)
-        states = self(tokens)[torch.arange(len(tokens)), (tokens == self.tokenizer.end).int().argmax(1)]
+        tokens = self.tokenizer(texts).to(self.logit_scale.device)
+        states = self(tokens)[range(len(tokens)), (tokens == self.tokenizer.end).int().argmax(1)]
         return F.normalize(self.text_projection(states), dim=1)
 
 
@@ -1671,8 +1739,9 @@ def train(model, loss_fn, config, stream=0, progress=None):
     """
     optimizer, ema, done = progress or (make_optimizer(model, config), EMA(model, config.ema_decay), 0)
     network, autocast, unsynced = accelerate(model, config)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     for step in range(done, config.steps):
-        torch.manual_seed(seed_for(config.seed, stream, step, process()[0]))
+        torch.manual_seed(seed_for(config.seed, stream, step, rank))
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         total = 0.0
         for slices_left in reversed(range(config.accumulate)):
@@ -1753,11 +1822,6 @@ def compile_network(model, config):
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False     # wrong gradients up to torch 2.14 (pytorch 193061)
         model.compile(dynamic=False)
-
-
-def process():
-    """(rank, number of processes); (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 Whole = Annotated[int, 0, 2 ** 32 - 1]                      # types of settings, with what they may be
@@ -1854,7 +1918,7 @@ class Run:
         self.script = Path(script)
         self.claimed = False
         self.device = choose_device(config.device)
-        self.rank, self.world = process()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
         self.share, rest = divmod(config.batch, self.world * config.accumulate)
         if rest:
@@ -1862,32 +1926,30 @@ class Run:
                             f"with --accumulate {config.accumulate}")
 
     def claim(self):
-        """Make the folder this run's own before the first file is written there; UserError if it is another run's.
+        """Make the folder this run's own before the first file is written there; UserError if other things are in it.
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
         record = self.folder / "run.json"
         settings = dataclasses.asdict(self.config)
-        if self.rank == 0 and not self.claimed:
+        found = any(path.name != ".part-run.json" for path in self.folder.glob("*"))
+        if self.rank == 0 and not self.claimed and found:
             try:
-                content = json.loads(record.read_text()) if record.exists() else None
-                old = content and dict(content["settings"])
-                mine = not content or content["script"] == self.script.name
-            except (ValueError, KeyError, TypeError):
-                mine = False
-            if not mine:
-                raise UserError(f"{record} is another program's; choose another --out")
-            if old and self.config.fresh:                   # only a folder that holds a run of this script is deleted
-                for name, value in settings.items():        # and none with what the run is to read
+                content = json.loads(record.read_text())
+                old = dict(content["settings"]) if content["script"] == self.script.name else None
+            except (OSError, ValueError, KeyError, TypeError):
+                old = None
+            if old is None:
+                raise UserError(f"{self.folder} holds no run of {self.script.name}; choose another --out")
+            if self.config.fresh:
+                for name, value in settings.items():        # not if the run is to read something in there
                     if value and isinstance(value, str) and self.folder.resolve() in Path(value).resolve().parents:
                         raise UserError(f"--fresh would delete --{name} {value}; choose another --out")
                 shutil.rmtree(self.folder)
-            elif old:
+            else:
                 self.compare(old, settings, self.folder)
-            elif self.folder.exists() and any(path.name != ".part-run.json" for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            if not record.exists():
-                save_json(record, surroundings(self.script) | {"settings": settings})
+        if self.rank == 0 and not record.exists():
+            save_json(record, surroundings(self.script) | {"settings": settings})
         self.claimed = True
         self.wait()
 
@@ -1988,6 +2050,9 @@ def launch(main, Config):
         main(parse_config(Config))
     except (UserError, OSError, torch.OutOfMemoryError) as error:      # OSError: no file, no network, disk full
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+    except torch._dynamo.exc.BackendCompilerFailed as error:           # no C compiler, no Python.h, ...
+        print(f"error: torch.compile: {error}".splitlines()[0] + "; --no-compile goes without", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         words = ", without --fresh," if "--fresh" in sys.argv else ""

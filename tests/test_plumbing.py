@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -587,3 +588,13 @@ def test_two_processes_run_the_whole_script(tmp_path):
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert len(log(tmp_path / "run")) == 8 and result.stdout.count("drop-(S+V)") == 1
+
+
+def test_a_machine_without_a_compiler_is_told_in_one_line(here):
+    compiled = "chapter.compile_network = lambda model, config: config.compile and model.compile()     # on CPUs as well"
+    command = [sys.executable, "-c", driver(NAME, "chapter.draw_paths = lambda *arguments: None", compiled), *TINY]
+    nowhere = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    result = subprocess.run([*command, "--compile"], cwd=here, env=nowhere, capture_output=True, text=True)
+    assert result.returncode == 2
+    one_line(result.stderr, "torch.compile", "--no-compile")
+    assert subprocess.run([*command, "--no-compile"], cwd=here, env=nowhere, capture_output=True).returncode == 0
