@@ -47,7 +47,7 @@ import urllib.request
 import warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -110,8 +110,10 @@ def latent_distance(a, b):
 
 
 def picture_distance(vae, perceptual, a, b):
-    """The distance of latents a, b (B, C, h, w) that LPIPS sees between their pictures.  Returns (B,)."""
-    return perceptual(vae.decode(a / vae.scale), vae.decode(b / vae.scale))
+    """The distance of latents a from the target b, (B, C, h, w), that LPIPS sees in their pictures.  Returns (B,)."""
+    with torch.no_grad():
+        target = vae.decode(b / vae.scale)
+    return perceptual(vae.decode(a / vae.scale), target)
 
 
 class Schedule:
@@ -204,7 +206,7 @@ class Config:
     kl: Amount = 3e-3                                       # weight of its KL divergence (Stable Diffusion: 1e-6)
     steps: Count = 1500                                     # training steps of the tiny teacher and its text encoder
     batch: Count = 32                                       # pictures in a step of it, over all processes
-    accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
+    accumulate: Count = 1                                   # slices of a large batch, in turn, if memory is short
     lr: Amount = 3e-3                                       # peak learning rate of autoencoder and teacher
     channels: Widths = (32, 64)                             # widths of its U-Net; the first is also that of its texts
     attention: Annotated[tuple, 0, 1] = (0, 1)              # which of these levels read the text, 1 or 0 each
@@ -213,7 +215,8 @@ class Config:
     guidance: Guidance = 3.0                                # guidance of the teacher that makes pairs; 1 or less: none
     solver_steps: Annotated[int, 1, 999] = 25               # its DPM-Solver++ steps, of 2 evaluations with guidance
     pairs: Count = 1536                                     # pairs (x0, x1) made for reflow; with --direct twice that
-    shard: Count = 256                                      # pairs in a file, and images sampled at a time
+    shard: Count = 256                                      # pairs in a file
+    sample_batch: Count = 256                               # pictures that are made at a time
     caption_dropout: Share = 0.1                            # captions that training replaces by the empty one
     a: Annotated[float, 0, 50] = 0.0                        # times of reflow: 0 uniform, above U-shaped as in chapter 3
     reflow_steps: Counts = (1200,)                          # training steps of 2-RF, one number a phase
@@ -245,12 +248,13 @@ class Config:
         "gpu": dict(                                        # one GPU: the tiny chain at 64 x 64 with wider networks
             image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, channels=(128, 256, 256),
             attention=(1, 1, 0), blocks=2, heads=8, batch=256, steps=10000, lr=1e-3, pairs=20000, shard=500,
-            reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25, distill_steps=(3000, 500),
-            distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500, ema_decay=0.999, lpips_net="vgg",
-            lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500, compile=True),
+            sample_batch=500, reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25,
+            distill_steps=(3000, 500), distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500,
+            ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500,
+            compile=True),
         "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; rate of reflow
-            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, batch=64,
-            accumulate=8, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
+            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, sample_batch=20,
+            batch=1024, accumulate=16, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
             distill_solver_steps=25, distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6,
             lpips_lr=1e-6, lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
             lpips_weights="pretrained", eval_size=5000, log_every=500, compile=True),
@@ -305,6 +309,7 @@ def main(config):
     require(predicts == "epsilon", f"--model {config.model} predicts {predicts}; a teacher has to predict the noise")
     prepare(pipe, run.device, [config.image_size] * 2)
     pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
+    compile_network(pipe.vae.decoder, config)
     prompts = Prompts(pipe, texts)
     distance = partial(picture_distance, pipe.vae, perceptual)
     networks = [students(run, prompts, distance, seed) for seed in range(config.seeds)]
@@ -318,7 +323,8 @@ def students(run, prompts, distance, seed):
     teacher = Sampler(prompts, prompts.pipe.unet, "dpm", config.solver_steps, config.guidance)
     noise = seed_for(config.seed, 3)
     write_pairs(run, "teacher", teacher, noise, config.pairs * (2 if config.direct else 1))
-    draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs), noise, prompts)
+    shape = prompts.pipe.shape
+    draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs, shape), noise, prompts)
     start = negated(teacher.unet) if config.init == "negated" else teacher.unet
     phases = [(partial(reflow_loss, a=config.a), steps, batch, config.student_lr)
               for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
@@ -327,14 +333,15 @@ def students(run, prompts, distance, seed):
     straight = Sampler(prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
     flow_noise = seed_for(config.seed, 4, seed)
     write_pairs(run, f"2-rf-{seed}", straight, flow_noise, config.pairs)
-    flow_draw = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs), flow_noise, prompts)
+    draw = partial(draw_stored, load_pairs(run, f"2-rf-{seed}", config.pairs, shape), flow_noise, prompts)
     deepen = StackedUNet if config.unet == "stacked" else copy.deepcopy
     phases = distill_phases(config, distance, 0)
     networks = {"2-rf": flow}
-    networks["distilled"] = train_student(run, f"distilled-{seed}", deepen(flow), flow_draw, phases)
+    networks["distilled"] = train_student(run, f"distilled-{seed}", deepen(flow), draw, phases)
     if config.direct:                                       # without reflow: as long, and as long as both together
+        draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs, shape), noise, prompts)
         networks["direct"] = train_student(run, f"direct-{seed}", deepen(start), draw, phases)
-        draw = partial(draw_stored, load_pairs(run, "teacher", 2 * config.pairs), noise, prompts)
+        draw = partial(draw_stored, load_pairs(run, "teacher", 2 * config.pairs, shape), noise, prompts)
         phases = distill_phases(config, distance, sum(config.reflow_steps))
         networks["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
     for name, unet in networks.items():
@@ -352,14 +359,24 @@ def distill_phases(config, distance, more):
 
 # Differs from 04_distill.py: in phases
 def train_student(run, name, unet, draw, phases):
-    """A student through phases (loss, steps, batch, rate), each from the averaged weights of the one before."""
+    """A student through phases (loss, steps, batch, rate), each from the averaged weights of the one before.
+
+    Returns it in host memory: the device has room for the network in training, not for all that are finished.
+    """
     kind, seed = name.rsplit("-", 1)                        # 2-rf-0 is 2-RF of seed 0
     for k, (loss, steps, batch, lr) in enumerate(phases):
-        drawn = partial(draw, n=batch // (run.world * run.config.accumulate))
+        accumulate = slices(run.config, batch)
+        drawn = partial(draw, n=batch // (run.world * accumulate))
         learned = partial(pair_loss, draw=drawn, loss=loss)
         stream = seed_for(int(seed), k, *kind.encode())
-        unet = run.fit(f"{name}.{k + 1}", unet, learned, stream, steps=steps, batch=batch, lr=lr)
+        settings = dict(steps=steps, batch=batch, lr=lr, accumulate=accumulate)
+        unet = run.fit(f"{name}.{k + 1}", unet, learned, stream, **settings).cpu()
     return unet
+
+
+def slices(config, batch):
+    """How many slices a batch is cut into: --accumulate if it is the largest, else fewer, each with enough work."""
+    return math.ceil(config.accumulate * batch / max(config.vae_batch, *config.reflow_batch, *config.distill_batch))
 
 
 # Differs from 02_reflow.py: text in place of labels, and the loss is one of two
@@ -379,13 +396,13 @@ def negated(unet):
 def check_settings(run):
     """UserError, before anything is written, for settings that contradict each other."""
     config = run.config
-    slices = run.world * config.accumulate
     halvings = len(config.vae_channels) - 1
     require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
     two = len(config.distill_steps) == len(config.distill_batch) == 2
     require(two, "--distill-steps and --distill-batch want 2 numbers each: latents, pictures")
     for batch in ([] if config.model else [config.vae_batch]) + [*config.reflow_batch, *config.distill_batch]:
-        require(batch % slices == 0, f"a batch of {batch} cannot be cut into {slices} equal slices")
+        count = run.world * slices(config, batch)
+        require(batch % count == 0, f"a batch of {batch} cannot be cut into {count} equal slices")
     require(config.model or config.preset != "paper", "--preset paper needs --model, Stable Diffusion 1.x")
     require(config.prompts or not config.model, "--model needs --prompts FILE, a text file with a prompt a line")
     require(config.model or config.image_size % 2 ** halvings == 0,
@@ -399,30 +416,46 @@ def check_settings(run):
 def report(run, prompts, networks):
     """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, by seed."""
     config = run.config
-    texts = prompts.texts
     features = RandomFeatures().to(run.device)
+    shown = grid_numbers(len(prompts.texts), config.eval_size)
     results = {}
-    pictures = {}
+    columns = {}
     data = None                                             # without data, the teacher's pictures are the measure
     if not config.model:
         images, _, _ = shapes(config.data_size, config.image_size, config.seed)
         data = feature_moments(images, features, run.device)
-    readable = set(texts) <= set(shape_captions())          # other prompts cannot be read off a picture
     for group in [{"teacher": prompts.pipe.unet}, *networks]:       # the teacher has no seeds
         for heading, sampler in samplers(run, prompts, group).items():
-            images = generate(sampler, run)
-            made = feature_moments(images, features, run.device)
+            made, accuracy, kept = measure(sampler, run, features, sum(shown, []))
             data = data or made
-            row = {"FD": frechet_from_moments(*made, *data), "NFE": sampler.evaluations / len(images), "accuracy": None}
-            if readable:
-                right = [text == texts[i % len(texts)] for i, text in enumerate(captions_of(images))]
-                row["accuracy"] = sum(right) / len(right)
-            results.setdefault(heading, []).append(row)
-            pictures.setdefault(heading, images)            # of the first seed
+            row = {"FD": frechet_from_moments(*made, *data), "NFE": sampler.evaluations / sampler.drawn}
+            results.setdefault(heading, []).append(row | {"accuracy": accuracy})
+            columns.setdefault(heading, kept)               # of the first seed
     save_json(run.folder / "results.json", {"samples": config.eval_size, "networks": results})
     print_table(results, config.eval_size)
-    draw_grid(pictures, texts, run.folder / "grid.png")
+    draw_grid(columns, shown, prompts.texts, run.folder / "grid.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
+
+
+def measure(sampler, run, features, shown):
+    """Moments of the features of config.eval_size pictures, the share that is read as asked, and number -> picture.
+
+    The share is None for prompts that nobody can read off a picture.  Only the pictures of the numbers in `shown` are
+    kept: all 5000 of 512 x 512 would take 16 GB.
+    """
+    texts = sampler.prompts.texts
+    asked = texts if set(texts) <= set(shape_captions()) else []
+    rows = []
+    kept = {}
+    right = count = 0
+    for images in generate(sampler, run):
+        rows.append(features(images).cpu())
+        images = images.cpu()
+        if asked:
+            right += sum(text == texts[i % len(texts)] for i, text in enumerate(captions_of(images), count))
+        kept |= {i: images[i - count].clone() for i in shown if count <= i < count + len(images)}
+        count += len(images)
+    return moments(torch.cat(rows)), right / count if asked else None, kept
 
 
 def samplers(run, prompts, networks):
@@ -472,9 +505,9 @@ def tiny_teacher(run):
     fresh = {name: from_config(network, configs[name]) for name, network in NETWORKS.items()}
 
     images = images.to(run.device)
-    draw = partial(draw_rows, config.vae_batch // (run.world * config.accumulate), images)
-    loss = partial(vae_loss, draw=draw, kl=config.kl)
-    vae = run.fit("vae", fresh["vae"], loss, 1, steps=config.vae_steps, batch=config.vae_batch)
+    changes = dict(steps=config.vae_steps, batch=config.vae_batch, accumulate=slices(config, config.vae_batch))
+    draw = partial(draw_rows, config.vae_batch // (run.world * changes["accumulate"]), images)
+    vae = run.fit("vae", fresh["vae"], partial(vae_loss, draw=draw, kl=config.kl), 1, **changes)
     latents = torch.cat([vae.encode(to_floats(x))[0] for x in images.split(500)])
     vae.scale = configs["vae"]["scaling_factor"] = 1 / latents.std().item()
     draw = partial(draw_rows, run.share, latents * vae.scale, tokenizer(captions).to(run.device))
@@ -511,9 +544,15 @@ def teacher_loss(model, ema, step, draw, forget):
     x1, tokens = draw()
     s = torch.randint(1000, (len(x1),), device=x1.device)
     x0 = torch.randn_like(x1)
+    a, b = (per_sample(table[s], x1) for table in levels(x1.device))
+    return latent_distance(model(a * x1 + b * x0, s.float(), forget(tokens)), x0)
+
+
+@cache
+def levels(device):
+    """The a_s and b_s of the Schedule, (1000,) each, copied to the device once."""
     schedule = Schedule()
-    xs = per_sample(schedule.a.to(x1)[s], x1) * x1 + per_sample(schedule.b.to(x1)[s], x1) * x0
-    return latent_distance(model(xs, s.float(), forget(tokens)), x0)
+    return schedule.a.float().to(device), schedule.b.float().to(device)
 
 
 def draw_rows(n, *tables):
@@ -532,42 +571,56 @@ def drop_some(texts, empty, dropout):
 def write_pairs(run, name, sampler, seed, count):
     """The coupling (x0, x1 = sampler(x0 | T)) of numbers 0 ... count - 1, as files of x1: the rest follows."""
     run.claim()
-    compile_network(sampler.unet, run.config)
-    shards = torch.arange(count, device=run.device).split(run.config.shard)
-    for i in tqdm(range(run.rank, len(shards), run.world), f"pairs by {name}", disable=None):
-        path = run.folder / "pairs" / name / f"{i:05d}.pt"
-        if path.exists():                                   # a run that was killed loses the file in hand, no more
-            continue
-        x1 = sampler(pair_noise(seed, shards[i], sampler.prompts.pipe.shape), sampler.prompts(shards[i]))
-        require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
-        save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
-        if STOP:
-            raise KeyboardInterrupt
+    shard = min(run.config.shard, count)
+    with on_device(sampler, run):
+        for i in tqdm(range(run.rank, math.ceil(count / shard), run.world), f"pairs by {name}", disable=None):
+            path = run.folder / "pairs" / name / f"{i:05d}.pt"
+            if path.exists():                               # a run that was killed loses the file in hand, no more
+                continue
+            batches = whole_batches(i * shard, shard, run)
+            x1 = torch.cat([latents(sampler, seed, number, number) for number in batches])
+            x1 = x1[:min(shard, count - i * shard)]
+            require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
+            save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
+            if STOP:
+                raise KeyboardInterrupt
     run.wait()
 
 
-# Differs from 02_reflow.py: mapped into memory
-def load_pairs(run, name, count):
-    """The first `count` stored x1, file by file (n, C, h, w) float16: 1.6 million of 512 x 512 pictures are 52 GB."""
-    shards = []
-    for i in range(math.ceil(count / run.config.shard)):
-        path = run.folder / "pairs" / name / f"{i:05d}.pt"
-        try:
-            shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["x1"])
-        except Exception as error:                          # torch.load has no common class for broken files
-            raise UserError(f"{path} is missing or broken ({type(error).__name__}); delete it, run again") from None
-    shards[-1] = shards[-1][:count - (len(shards) - 1) * run.config.shard]
-    return shards
+# Differs from 02_reflow.py: latents, of which each process keeps a share
+def load_pairs(run, name, count, shape):
+    """Every world-th of the first `count` pairs: their numbers (N,), and x1 (N, *shape) as float16.
+
+    They lie on the device, where drawing costs no copy.  The paper's 1.6 million take 52 GB, on eight cards 6.6 GB each;
+    what would fill more than a quarter of a card stays in host memory.
+    """
+    number = torch.arange(run.rank, count, run.world)
+    room = torch.cuda.get_device_properties(run.device).total_memory // 4 if run.device.type == "cuda" else math.inf
+    device = run.device if 2 * len(number) * math.prod(shape) <= room else "cpu"
+    pairs = torch.empty(len(number), *shape, dtype=torch.float16, device=device)
+    for first in range(0, count, run.config.shard):
+        path = run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt"
+        x1 = load_checkpoint(path).get("x1", torch.empty(0))
+        wanted = min(run.config.shard, count - first)
+        if x1.dtype != torch.float16 or x1.shape[1:] != shape or not wanted <= len(x1) <= run.config.shard:
+            raise UserError(f"{path} holds other pairs; delete it and run again")
+        mine = (number >= first) & (number < first + wanted)
+        pairs[mine.to(device)] = x1[number[mine] - first].to(device)
+    return number.to(device), pairs
 
 
-# Differs from 02_reflow.py: latents in files, text in place of labels
-def draw_stored(shards, seed, prompts, n, dropout=0.0):
-    """A stored coupling: one number picks x0, x1 (n, C, h, w) and the text (n, L, C), a share of which is empty."""
-    size = len(shards[0])
-    index = torch.randint(sum(map(len, shards)), (n,))
-    x1 = torch.stack([shards[i // size][i % size] for i in index.tolist()]).to(prompts.null.device).float()
-    x0 = pair_noise(seed, index.to(x1.device), x1.shape[1:])
-    return x0, x1, drop_some(prompts(index), prompts.null, dropout)
+# Differs from 02_reflow.py: latents as float16, text in place of labels
+def draw_stored(pairs, seed, prompts, n, dropout=0.0):
+    """A stored coupling: one number picks x0, x1 (n, C, h, w) and the text (n, L, C), a share of which is empty.
+
+    pairs: (numbers, x1) of load_pairs, made with this seed.
+    """
+    number, x1 = draw_rows(n, *pairs)
+    device = prompts.null.device
+    if x1.device != device:                                 # pinned memory: nobody waits for the copy
+        number, x1 = (rows.pin_memory().to(device, non_blocking=True) for rows in (number, x1))
+    x0 = pair_noise(seed, number, x1.shape[1:])
+    return x0, x1.float(), drop_some(prompts(number), prompts.null, dropout)
 
 
 class Prompts:
@@ -579,21 +632,21 @@ class Prompts:
     def __init__(self, pipe, texts, empty="", few=256):
         self.pipe = pipe
         self.texts = texts
-        self.tokens = pipe.tokenizer(texts).int()
+        self.tokens = pipe.tokenizer(texts).int().to(next(pipe.text_encoder.parameters()).device)
         if pipe.tokenizer.truncated and int(os.environ.get("RANK", 0)) == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
                   "their ends are cut off", file=sys.stderr)
-        self.null = self.encode(pipe.tokenizer([empty]))
+        self.null = self.encode(pipe.tokenizer([empty]).to(self.tokens))
         self.kept = self.encode(self.tokens) if len(texts) <= few else None
 
     @torch.no_grad()
     def encode(self, tokens):
         """Tokens (B, L) -> states (B, L, C)."""
-        return self.pipe.text_encoder(tokens.to(next(self.pipe.text_encoder.parameters()).device))
+        return self.pipe.text_encoder(tokens)
 
     def __call__(self, index):
         index = index % len(self.texts)
-        return self.encode(self.tokens[index.cpu()]) if self.kept is None else self.kept[index.to(self.kept.device)]
+        return self.encode(self.tokens[index]) if self.kept is None else self.kept[index]
 
 
 def tiny_configs(config, vocabulary):
@@ -630,10 +683,12 @@ class Sampler:
     solver: str                                             # euler: a velocity; dpm, or ddim as a velocity: diffusion
     steps: int
     guidance: float = 1.0                                   # 1 or less is none; InstaFlow's own pipeline is told 0
-    evaluations: int = 0                                    # of the network, for all pictures together
+    drawn: int = 0                                          # pictures so far
+    evaluations: int = 0                                    # of the network, for all of them together
 
     @torch.no_grad()
     def __call__(self, x0, text):
+        self.drawn += len(x0)
         network = partial(as_velocity, self.network) if self.solver == "euler" else self.network
         flow = partial(guided(network, max(1.0, self.guidance)), text=text, null=self.prompts.null)
         if self.solver == "dpm":
@@ -647,6 +702,26 @@ class Sampler:
             return self.unet(x, timestep, text).float()
 
 
+@contextlib.contextmanager
+def on_device(sampler, run):
+    """For the time of sampling the network is on the device, compiled; afterwards in host memory."""
+    compile_network(place(sampler.unet, run.device), run.config)
+    yield
+    sampler.unet.cpu()
+
+
+def whole_batches(first, count, run):
+    """Numbers from `first` on, for `count` pictures or a few more, in batches of one size: networks compile for one."""
+    batch = min(run.config.sample_batch, count)
+    numbers = first + torch.arange(math.ceil(count / batch) * batch, device=run.device)
+    return numbers.split(batch)
+
+
+def latents(sampler, seed, text, noise):
+    """Latents x1 (B, C, h, w).  text, noise: (B,), the numbers of the prompts and of the noises."""
+    return sampler(pair_noise(seed, noise, sampler.prompts.pipe.shape), sampler.prompts(text))
+
+
 @torch.no_grad()
 def decode_latents(vae, x1):
     """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
@@ -658,17 +733,18 @@ def decode_latents(vae, x1):
 def pictures(sampler, seed, text, noise, batch):
     """Pictures (B, 3, H, W), a batch at a time.  text, noise: (N,), the numbers of the prompts and of the noises."""
     for text, noise in zip(text.split(batch), noise.split(batch)):
-        x0 = pair_noise(seed, noise, sampler.prompts.pipe.shape)
-        yield decode_latents(sampler.prompts.pipe.vae, sampler(x0, sampler.prompts(text)))
+        yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, text, noise))
 
 
-# Differs from 02_reflow.py: latents that are decoded, text by number
+# Differs from 02_reflow.py: latents that are decoded, text by number, a batch at a time
 def generate(sampler, run):
-    """config.eval_size pictures from the same noises for every sampler: (N, 3, H, W) on the CPU."""
-    compile_network(sampler.unet, run.config)
+    """config.eval_size pictures from the same noises for every sampler: (B, 3, H, W), a batch at a time."""
     seed = seed_for(run.config.seed, 999)                   # the pairs use other seeds, so these noises are new
-    numbers = torch.arange(run.config.eval_size, device=run.device)
-    return torch.cat([images.cpu() for images in pictures(sampler, seed, numbers, numbers, run.config.shard)])
+    left = run.config.eval_size
+    with on_device(sampler, run):
+        for number in whole_batches(0, left, run):
+            yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, number, number))[:left]
+            left -= len(number)
 
 
 def captions_of(images, tolerance=0.15):
@@ -709,22 +785,28 @@ def captions_of(images, tolerance=0.15):
     return [shape_captions()[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
 
 
-def draw_grid(columns, texts, path, each=3, rows=8):
-    """Prompts by networks, the same noises along a row.  columns: heading -> pictures, the i-th of text i mod N."""
+def grid_numbers(texts, size, each=3, rows=8):
+    """Numbers of the pictures on the grid, a list for each row; picture i of `size` is one of text i mod `texts`."""
+    count = min(texts, size)
+    chosen = np.linspace(0, count - 1, min(rows, count)).round().astype(int).tolist()
+    return [[*range(i, size, texts)][:each] for i in chosen]
+
+
+def draw_grid(columns, shown, texts, path):
+    """Prompts by networks, the same noises along a row.  columns: heading -> (number -> picture); shown: grid_numbers."""
     from matplotlib.figure import Figure                    # here: training does not need it
     columns = {heading: images for heading, images in columns.items() if not re.search("velocity|longer", heading)}
-    count = min(len(texts), len(next(iter(columns.values()))))
-    chosen = np.linspace(0, count - 1, min(rows, count)).round().astype(int)
-    figure = Figure((0.65 * each * len(columns) + 2.4, 0.66 * len(chosen) + 0.6), layout="constrained")
-    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
+    figure = Figure((0.65 * len(shown[0]) * len(columns) + 2.4, 0.66 * len(shown) + 0.6), layout="constrained")
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for (heading, images), column in zip(columns.items(), axes.T):
         column[0].set_title(heading.replace(", ", "\n"), fontsize=9)
-        for i, panel in zip(chosen, column):
-            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
+        for numbers, panel in zip(shown, column):
+            panel.imshow(tile(torch.stack([images[i] for i in numbers])), interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-    for i, panel in zip(chosen, axes[:, 0]):
-        panel.set_ylabel(textwrap.fill(texts[i][:60], 20), rotation=0, ha="right", va="center", fontsize=8)
+    for numbers, panel in zip(shown, axes[:, 0]):
+        text = texts[numbers[0]][:60]
+        panel.set_ylabel(textwrap.fill(text, 20), rotation=0, ha="right", va="center", fontsize=8)
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
@@ -752,8 +834,7 @@ def sample_main(config):
     if config.negative and config.guidance <= 1:
         print("--negative does nothing without --guidance above 1", file=sys.stderr)
     sampler, networks = open_sampler(run, [*config.prompt])
-    number, batch = equal_batches(len(config.prompt) * count, config.batch)
-    number = number.to(run.device)
+    number, batch = equal_batches(len(config.prompt) * count, run)
     drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, batch)    # a row's noises again
     images = [images.cpu() for images in tqdm(drawn, "batches", disable=None, leave=False)]
     rows = torch.cat(images)[:len(config.prompt) * count].split(count)
@@ -772,8 +853,7 @@ def evaluate_main(config):
     features = inception_features(run) if config.fid else None
     judge = CLIP(config.clip).to(run.device) if config.clip else None
     sampler, networks = open_sampler(run, captions)
-    number, batch = equal_batches(len(captions), config.batch)
-    number = number.to(run.device)
+    number, batch = equal_batches(len(captions), run)
     drawn = pictures(sampler, seed_for(config.seed), number, number, batch)
     scores, rows = [], []
     for images in tqdm(drawn, total=len(number) // batch, disable=None):
@@ -781,7 +861,7 @@ def evaluate_main(config):
             small = F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)
             rows.append(features(small).cpu())
         if judge:
-            texts = judge.embed_texts([captions[i] for i in number[len(scores):len(scores) + batch]])
+            texts = judge.embed_texts([captions[i] for i in number[len(scores):len(scores) + batch].tolist()])
             scores += (judge.embed_images(images) * texts).sum(1).tolist()
     seconds = print_seconds(networks, len(number) // batch, batch)
     result = {"captions": len(captions), "size": [*images.shape[2:]], "seconds per batch": sum(seconds.values())}
@@ -795,14 +875,14 @@ def evaluate_main(config):
     save_json(Path(config.out or "evaluation.json"), result)
 
 
-def equal_batches(count, most):
-    """0 ... count - 1 in batches of one size, at most `most`: for another size, networks would be compiled again.
+def equal_batches(count, run):
+    """0 ... count - 1 for batches of one size, --batch or less: for another size, networks would be compiled again.
 
     Returns the numbers, where the last batch begins again at 0 if it is not full, and the size of a batch.
     """
-    batches = math.ceil(count / most)
+    batches = math.ceil(count / run.config.batch)
     size = math.ceil(count / batches)
-    return torch.arange(batches * size) % count, size
+    return torch.arange(batches * size, device=run.device) % count, size
 
 
 def print_seconds(networks, batches, size):
@@ -860,7 +940,8 @@ def fast_settings(config, device):
         return torch.float32, None
     torch.backends.cudnn.benchmark = config.compile         # trying every kernel pays when compiling does
     graphs = "reduce-overhead" if config.batch <= 8 else "default"     # small batches wait for the CPU, large do not
-    return torch.float16, dict(mode=graphs, fullgraph=True, dynamic=False) if config.compile else None
+    options = dict(mode=graphs, fullgraph=True, dynamic=False)
+    return torch.float16, options if config.compile else None
 
 
 class Fast:
@@ -1332,6 +1413,16 @@ class StackedUNet(nn.Module):
         return self.b.head(self.b.body(h, timestep, text))
 
 
+class Coder(nn.Sequential):
+    """The VAE's encoder or decoder, stage by stage, perhaps with inner activations that are computed again."""
+
+    def forward(self, x, checkpointing=False):
+        for part in self:
+            for stage in part if isinstance(part, nn.Sequential) else [part]:
+                x = recompute(checkpointing, stage, x)
+        return x
+
+
 class VAE(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, latent, H/8, W/8) with the four default channels.
 
@@ -1356,21 +1447,14 @@ class VAE(nn.Module):
             resize = Resize(c) if i > 0 else None
             up.append(Stage([channels[min(i + 1, last)]] + [c] * layers, c, resnet, resize=resize))
         middles = [Stage([top, top], top, resnet, [PixelAttention(top, groups)]) for _ in range(2)]
-        self.encoder = nn.Sequential(OrderedDict(
+        self.encoder = Coder(OrderedDict(
             conv_in=conv(3, first), down_blocks=nn.Sequential(*down), mid_block=middles[0],
             conv_norm_out=nn.GroupNorm(groups, top, 1e-6), act=nn.SiLU(), conv_out=conv(top, 2 * latent)))
-        self.decoder = nn.Sequential(OrderedDict(
+        self.decoder = Coder(OrderedDict(
             conv_in=conv(latent, top), mid_block=middles[1], up_blocks=nn.Sequential(*up),
             conv_norm_out=nn.GroupNorm(groups, first, 1e-6), act=nn.SiLU(), conv_out=conv(first, 3)))
         self.quant_conv = conv(2 * latent, 2 * latent, 1)
         self.post_quant_conv = conv(latent, latent, 1)
-
-    def run(self, coder, x):
-        """Encoder or decoder, stage by stage."""
-        for part in coder:
-            for stage in part if isinstance(part, nn.Sequential) else [part]:
-                x = recompute(self.checkpointing, stage, x)
-        return x
 
     def forward(self, x):
         mean, logvar = self.encode(x)
@@ -1378,12 +1462,12 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of the latents, each (B, latent, H/8, W/8)."""
-        mean, logvar = self.quant_conv(self.run(self.encoder, x)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x, self.checkpointing)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """The picture (B, 3, H, W), about in [-1, 1]."""
-        return self.run(self.decoder, self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z), self.checkpointing)
 
 
 class CLIPVision(nn.Module):

@@ -141,19 +141,24 @@ def test_an_exact_straight_flow_has_no_loss():
 
 
 def test_a_student_goes_through_its_phases_with_its_share_of_the_batch():
-    """Two processes with --accumulate 2 draw a quarter; each phase begins with the network of the one before."""
+    """Two processes with --accumulate 2 draw a quarter of the largest batch; a small one needs no slices.
+
+    Each phase begins with the network of the one before.
+    """
     drawn, fitted = [], []
 
     def fit(name, unet, loss, stream, **settings):
         loss(None, None, 0)
         fitted.append((name, unet, stream, settings))
         return unet + 1
-    run = SimpleNamespace(world=2, config=SimpleNamespace(accumulate=2), fit=fit)
+    sizes = SimpleNamespace(accumulate=2, vae_batch=4, reflow_batch=(16, 8), distill_batch=(4, 4))
+    run = SimpleNamespace(world=2, config=sizes, fit=fit)
     phases = [(lambda velocity, *pair: pair, 5, 16, 1e-3), (lambda velocity, *pair: pair, 6, 8, 1e-4)]
-    assert chapter.train_student(run, "2-rf-3", 7, lambda n: drawn.append(n) or (0, 0, 0), phases) == 9
-    assert drawn == [4, 2]
-    assert fitted == [("2-rf-3.1", 7, chapter.seed_for(3, 0, *b"2-rf"), dict(steps=5, batch=16, lr=1e-3)),
-                      ("2-rf-3.2", 8, chapter.seed_for(3, 1, *b"2-rf"), dict(steps=6, batch=8, lr=1e-4))]
+    assert chapter.train_student(run, "2-rf-3", torch.tensor(7), lambda n: drawn.append(n) or (0, 0, 0), phases) == 9
+    assert drawn == [4, 4]
+    assert fitted == [
+        ("2-rf-3.1", 7, chapter.seed_for(3, 0, *b"2-rf"), dict(steps=5, batch=16, lr=1e-3, accumulate=2)),
+        ("2-rf-3.2", 8, chapter.seed_for(3, 1, *b"2-rf"), dict(steps=6, batch=8, lr=1e-4, accumulate=1))]
 
 
 def test_one_step_without_reflow_is_the_mean_of_its_text():
@@ -444,10 +449,15 @@ class Numbers(chapter.Prompts):
         return index
 
 
+def some_run(folder, *args):
+    """A run with pairs in files of 8, of which 3 are made at a time."""
+    args = "--device", "cpu", "--shard", "8", "--sample-batch", "3", "--out", str(folder), *args
+    return chapter.Run(chapter.parse_config(chapter.Config, args), chapter.__file__)
+
+
 def some_pairs(folder, pipe, count=20, seed=7):
     """Pairs by a sampler whose ends tell their number: x1 = number in every entry.  Returns the run and what was asked."""
-    config = chapter.parse_config(chapter.Config, ["--device", "cpu", "--shard", "8", "--out", str(folder)])
-    run, made = chapter.Run(config, chapter.__file__), []
+    run, made = some_run(folder), []
 
     def sampler(x0, index):
         made.append((x0, index))
@@ -460,46 +470,77 @@ def some_pairs(folder, pipe, count=20, seed=7):
 def test_pairs_stay_together(tmp_path, pipe):
     """x1 comes from the file, x0 anew from the number, and the text goes by the same number."""
     run, made = some_pairs(tmp_path, pipe)
-    assert [len(index) for _, index in made] == [8, 8, 4]
-    shards, prompts = chapter.load_pairs(run, "some", 20), chapter.Prompts(pipe, chapter.shape_captions()[:9])
-    assert {shard.dtype for shard in shards} == {torch.float16}
+    prompts = chapter.Prompts(pipe, chapter.shape_captions()[:9])
+    number, ends = pairs = chapter.load_pairs(run, "some", 20, pipe.shape)
+    assert ends.dtype == torch.float16 and number.tolist() == ends[:, 0, 0, 0].tolist() == [*range(20)]
     torch.manual_seed(0)
-    x0, x1, text = chapter.draw_stored(shards, 7, prompts, 300)
+    x0, x1, text = chapter.draw_stored(pairs, 7, prompts, 300)
     index = x1[:, 0, 0, 0].long()
     assert x1.dtype == torch.float32 and len(index.unique()) == 20
-    close(x0, torch.cat([x for x, _ in made])[index], atol=0)
+    noises = {i: x for noise, numbers in made for i, x in zip(numbers.tolist(), noise)}
+    close(x0, torch.stack([noises[i] for i in index.tolist()]), atol=0)
     close(text, prompts(index), atol=0)
-    fewer = chapter.load_pairs(run, "some", 11)            # than there are, for reflow
-    assert [len(shard) for shard in fewer] == [8, 3]
-    assert chapter.draw_stored(fewer, 7, prompts, 300)[1].max() == 10
-    assert (chapter.draw_stored(shards, 7, prompts, 20, dropout=1.0)[2] == prompts.null).all()
+    fewer = chapter.load_pairs(run, "some", 11, pipe.shape)     # than there are, for reflow
+    assert fewer[0].tolist() == [*range(11)] and chapter.draw_stored(fewer, 7, prompts, 300)[1].max() == 10
+    assert (chapter.draw_stored(pairs, 7, prompts, 20, dropout=1.0)[2] == prompts.null).all()
+
+
+def test_pairs_are_made_a_few_at_a_time(tmp_path, pipe):
+    """A shard is the size of a file; the network sees --sample-batch pictures, the last ones of a shard filled up."""
+    _, made = some_pairs(tmp_path, pipe)
+    assert [len(index) for _, index in made] == [3] * 9
+    stored = [torch.load(path, weights_only=True)["x1"] for path in sorted((tmp_path / "pairs" / "some").iterdir())]
+    assert [len(x1) for x1 in stored] == [8, 8, 4]
+
+
+def test_every_process_keeps_its_share_of_the_pairs(tmp_path, pipe):
+    """Together they hold all, nobody holds what another one does, and noise and text still go by the number."""
+    run, _ = some_pairs(tmp_path, pipe)
+    prompts = chapter.Prompts(pipe, chapter.shape_captions()[:9])
+    run.world, numbers = 3, []
+    for run.rank in range(3):
+        pairs = chapter.load_pairs(run, "some", 20, pipe.shape)
+        numbers += pairs[0].tolist()
+        assert pairs[0].tolist() == pairs[1][:, 1, 2, 0].tolist()
+        x0, x1, text = chapter.draw_stored(pairs, 7, prompts, 50)
+        number = x1[:, 0, 0, 0].long()
+        close(x0, chapter.pair_noise(7, number, pipe.shape), atol=0)
+        close(text, prompts(number), atol=0)
+    assert sorted(numbers) == [*range(20)]
 
 
 def test_pairs_that_exist_are_not_made_again(tmp_path, pipe):
     some_pairs(tmp_path, pipe)
     (tmp_path / "pairs" / "some" / "00001.pt").unlink()
-    assert [index.tolist() for _, index in some_pairs(tmp_path, pipe)[1]] == [list(range(8, 16))]
+    assert [index.tolist() for _, index in some_pairs(tmp_path, pipe)[1]] == [[8, 9, 10], [11, 12, 13], [14, 15, 16]]
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensor"), lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: torch.save([1], path),
-], ids=["missing", "text", "empty", "cut", "another's"])
-def test_a_spoilt_shard_is_one_line(tmp_path, pipe, spoil):
+def other_pairs(*shape, dtype=torch.float16):
+    """Puts pairs of this shape into a file."""
+    return lambda path: chapter.save_checkpoint(path, config={}, x1=torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda path: path.unlink(), "is missing"), (lambda path: path.write_bytes(b"no tensor"), "delete it"),
+    (lambda path: path.write_bytes(b""), "delete it"), (lambda path: torch.save([1], path), "delete it"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "delete it"),
+    (lambda path: chapter.save_checkpoint(path, config={}), "other pairs"), (other_pairs(3, 2, 3, 3), "other pairs"),
+    (other_pairs(8, 2, 3, 4), "other pairs"), (other_pairs(9, 2, 3, 3), "other pairs"),
+    (other_pairs(8, 2, 3, 3, dtype=torch.float32), "other pairs"),
+], ids=["missing", "text", "empty", "another's", "cut", "none", "few", "wide", "many", "float32"])
+def test_a_spoilt_shard_is_one_line(tmp_path, pipe, spoil, words):
     run, _ = some_pairs(tmp_path, pipe)
     spoil(tmp_path / "pairs" / "some" / "00001.pt")
-    with pytest.raises(chapter.UserError, match="00001.pt.*delete it, run again"):
-        chapter.load_pairs(run, "some", 20)
+    with pytest.raises(chapter.UserError, match=f"00001.pt.* {words}"):
+        chapter.load_pairs(run, "some", 20, pipe.shape)
 
 
 def test_samples_that_are_not_finite_are_not_stored(tmp_path, pipe):
-    config = chapter.parse_config(chapter.Config, ["--device", "cpu", "--out", str(tmp_path)])
-
     def sampler(x0, text):
         return x0 / 0
     sampler.unet, sampler.prompts = pipe.unet, Numbers(pipe)
     with pytest.raises(chapter.UserError, match="not finite"):
-        chapter.write_pairs(chapter.Run(config, chapter.__file__), "some", sampler, 0, 8)
+        chapter.write_pairs(some_run(tmp_path), "some", sampler, 0, 8)
     assert not (tmp_path / "pairs").exists()
 
 
