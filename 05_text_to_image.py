@@ -301,6 +301,7 @@ def main(config):
     check_settings(run)
     texts = read_texts(config.prompts) if config.prompts else shape_captions()
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
+    compile_network(perceptual, config)
     if config.model and run.rank == 0:
         load_pipeline(config.model)                         # one process downloads, the others find the files
     run.wait()
@@ -974,7 +975,7 @@ class Fast:
         """Neither tokens (B, L) nor times (B,) are rounded.  A copy: a CUDA graph overwrites its output."""
         inputs = [x.to(self.dtype) if x.dim() > 2 else x for x in inputs]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return self.function(*(x.contiguous() for x in inputs)).to(torch.float32, copy=True)
+            return self.function(*inputs).to(torch.float32, copy=True)
 
 
 def read_texts(path):
@@ -2180,8 +2181,6 @@ class RandomFeatures(nn.Module):
 
 def moments(features):
     """Features (N, F) -> their mean (F,) and covariance (F, F) in float64: all that a Frechet distance looks at."""
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be (N, F) with N >= 2, got {tuple(features.shape)}")
     features = features.cpu().double()                      # the CPU first: MPS has no float64
     return features.mean(0), features.T.cov()
 
@@ -2222,13 +2221,17 @@ def inception_features(run):
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
     network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
-    return partial(call_inception, network)
+
+    @torch.no_grad()
+    def features(images):                                   # it resizes to 299 x 299 by itself
+        return network(to_bytes(images), return_features=True).float()
+    return features
 
 
-@torch.no_grad()
-def call_inception(network, images):
-    """It wants the bytes that an image file would hold, and resizes to 299 x 299 by itself."""
-    return network((images * 127.5 + 128).clamp(0, 255).to(torch.uint8), return_features=True).float()
+def tile(images):
+    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
+    images = F.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
+    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
 
 
 def pair_noise(seed, index, shape):
@@ -2274,9 +2277,8 @@ def shape_distances(x, y, r):
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
     u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
-    kind = (u[:, 0] * len(SHAPES)).long()
-    colour = (u[:, 1] * len(COLOURS)).long()
-    ground = (u[:, 2] * len(BACKGROUNDS)).long()
+    choices = torch.tensor([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
+    kind, colour, ground = (u[:, :3] * choices).long().T
     r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
     cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
     cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
@@ -2295,12 +2297,6 @@ def shapes(n, size=32, seed=0):
     return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
 
 
-def tile(images):
-    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
-    images = F.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
-    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
-
-
 # endregion
 
 
@@ -2317,22 +2313,36 @@ def u_shaped_times(n, a=4.0, device=None):
 
 
 class Perceptual(nn.Module):
-    """LPIPS [Zhang+18] by the lpips package: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,).
+    """LPIPS [Zhang+18]: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,); b is the target and gets no gradient.
 
-    Upsampled first, as the backbone was trained on larger pictures; in float32: bf16 loses too much in differences.
+        sum_l mean_hw sum_c w_l (fa_l / |fa_l| - fb_l / |fb_l|)^2,   f_l: features of layer l, w_l: its linear head
+
+    Upsampled first, as the backbone was trained on larger pictures.  Under autocast it runs in bf16, and it alone:
+    differences of unit vectors want float32.
     """
 
     def __init__(self, net, size, weights, factor=1.0):
         super().__init__()
-        self.size, self.factor = size, factor
+        self.size = size
+        self.factor = factor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
             self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
 
     def forward(self, a, b):
-        with torch.autocast(a.device.type, enabled=False):
-            a, b = (F.interpolate(x.float(), (self.size, self.size), mode="bilinear") for x in (a, b))
-            return self.factor * self.lpips(a, b).flatten()
+        with torch.no_grad():
+            target = self.features(b)
+        heads = [head.model[-1].weight for head in self.lpips.lins] if self.lpips.lpips else [1.0] * len(target)
+        distance = 0.0
+        for fa, fb, head in zip(self.features(a), target, heads):
+            distance = distance + (head * (fa - fb).square()).sum(1).mean((1, 2))
+        return self.factor * distance
+
+    def features(self, x):
+        """Of every layer: unit vectors (B, C, H, W), float32."""
+        x = F.interpolate(x.float(), (self.size, self.size), mode="bilinear")
+        layers = self.lpips.net(self.lpips.scaling_layer(x))
+        return [F.normalize(layer.float(), dim=1, eps=1e-10) for layer in layers]
 
 
 def load_lpips(net, weights):

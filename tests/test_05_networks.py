@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")     # references come from code, never from the network
 
@@ -26,7 +27,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import load
+from conftest import call, load
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
@@ -923,6 +925,145 @@ def test_no_server_is_one_line(server, monkeypatch, hub):
     with pytest.raises(UserError) as error:
         chapter.load_pipeline("owner/name")
     assert hub in one_line(error)
+
+
+# ---- Half precision and compiled graphs ------------------------------------------------------------------------------
+
+
+def drawn(layout, dtype, options=None, stacked=False):
+    """Twelve pictures in two steps with guidance, as the commands make them.  Returns them and the networks."""
+    pipe = chapter.load_pipeline(layout)
+    pipe.unet = fill(chapter.StackedUNet(pipe.unet)) if stacked else pipe.unet
+    pipe.vae.decoder.conv_out.weight.data *= 0.3           # the picture of random weights would be clipped
+    chapter.prepare(pipe, torch.device("cpu"), [8, 8])
+    sampler = chapter.Sampler(chapter.Prompts(pipe, ["a cute cat", "riding"], few=0), pipe.unet, "euler", 2, 3.0)
+    networks = {"text": chapter.Fast(pipe.text_encoder, "forward", dtype, options),
+                "U-Net": chapter.Fast(pipe.unet, "forward", dtype, options),
+                "decode": chapter.Fast(pipe.vae, "decode", dtype, options)}
+    number = torch.arange(12)
+    return torch.cat([*chapter.pictures(sampler, 0, number, number, 4)]), networks
+
+
+@pytest.mark.parametrize("dtype, levels", [(torch.float16, 1), (torch.bfloat16, 6)])
+def test_pictures_in_half_precision_are_those_in_float32(layout, dtype, levels):
+    exact, _ = drawn(layout, torch.float32)
+    rounded, networks = drawn(layout, dtype)
+    assert exact.abs().max() < 1 and exact.std() > 0.1 and rounded.dtype == torch.float32
+    for network in networks.values():
+        assert network.dtype == dtype and {p.dtype for p in network.module.parameters()} == {dtype}
+    apart = (chapter.to_bytes(exact).int() - chapter.to_bytes(rounded).int()).abs()
+    assert 0 < (exact - rounded).abs().max() and apart.max() <= levels
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_compiled_networks_draw_the_same_pictures(layout, stacked):
+    """Each is one graph, and batches of one size need no second one, whatever the step."""
+    torch._dynamo.reset()
+    plain, _ = drawn(layout, torch.float32, stacked=stacked)
+    graphs = []
+    options = dict(backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True, dynamic=False)
+    compiled, _ = drawn(layout, torch.float32, options, stacked)
+    torch.testing.assert_close(compiled, plain)
+    assert len(graphs) == 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_no_batch_compiles_anew(layout, tmp_path, monkeypatch, command):
+    """Five pictures, two at a time: the sixth place is filled, and not shown."""
+    monkeypatch.chdir(tmp_path)
+    Path("captions.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    pictures, shapes = chapter.pictures, []
+
+    def watched(*arguments):
+        drawn = pictures(*arguments)
+        shapes.append(next(drawn).shape)
+        yield torch.zeros(shapes[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for images in drawn:
+                shapes.append(images.shape)
+                yield images
+    monkeypatch.setattr(chapter, "pictures", watched)
+    options = dict(backend="aot_eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(chapter, "fast_settings", lambda *arguments: (torch.float32, options))
+    torch._dynamo.reset()
+    more = {"sample": ("--prompt", "a cat", "--count", 5), "evaluate": ("--captions", "captions.txt")}[command]
+    code = call(chapter, command, "--model", layout, "--batch", 2, "--size", 8, "--steps", 2, "--guidance", 2, *more,
+                patch=monkeypatch)
+    assert not code and shapes == [(2, 3, 8, 8)] * 3
+    if command == "sample":
+        assert Image.open("sample.png").size == (5 * 10, 10)
+    else:
+        assert json.loads(Path("evaluation.json").read_text())["captions"] == 5
+    torch._dynamo.reset()
+
+
+def test_batches_have_one_size_and_hold_every_number_once():
+    for count, most in itertools.product(range(1, 30), (1, 2, 4, 7, 32)):
+        run = SimpleNamespace(config=SimpleNamespace(batch=most), device="cpu")
+        number, size = chapter.equal_batches(count, run)
+        assert size <= most and len(number) % size == 0 and number[:count].tolist() == list(range(count))
+        assert len(number) - count < len(number) / size and number[count:].tolist() == list(range(len(number) - count))
+
+
+class Buffer(nn.Module):
+    """Writes every output into the same memory, as a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = nn.Buffer(torch.zeros(2, 3, 4))
+
+    def forward(self, x, t):
+        self.seen = x.dtype, t.dtype
+        return self.output.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outputs_are_not_overwritten_by_the_next_call(dtype):
+    fast = chapter.Fast(Buffer(), "forward", dtype, None)
+    first, second = (fast.module(torch.full((2, 3, 4), value), torch.rand(2)) for value in (1.0, 2.0))
+    assert fast.module.seen == (dtype, torch.float32)      # float16 has no 999.25
+    assert first.unique() == 1 and second.unique() == 2 and first.dtype == torch.float32 and len(fast.seconds) == 2
+
+
+@torch.no_grad()
+def test_a_decoder_that_overflows_goes_back_to_float32():
+    vae = fill(chapter.VAE((8, 16), 1, groups=4))
+    vae.decoder.conv_in.weight *= 300
+    exact, z = copy.deepcopy(vae), noise(2, 4, 5, 4)
+    chapter.Fast(vae, "decode", torch.float16, None)
+    images = vae.decode(z)
+    assert vae.decode.dtype == torch.float16               # a large number that fits is none
+    torch.testing.assert_close(images, exact.decode(z), atol=0.02, rtol=0.02)
+    for scale in (300, 1, 300):
+        torch.testing.assert_close(vae.decode(scale * z), exact.decode(scale * z), atol=0.02, rtol=0.02)
+        assert vae.decode.dtype == torch.float32 and {p.dtype for p in vae.parameters()} == {torch.float32}
+    assert len(vae.decode.seconds) == 4
+
+
+def test_only_cuda_is_fast():
+    """Half precision always, graphs only for small batches, a search for the best kernels only if compiling pays."""
+    benchmark = torch.backends.cudnn.benchmark
+    for device, compile, batch, dtype, mode in [
+            ("cpu", True, 1, torch.float32, None), ("mps", True, 1, torch.float32, None),
+            ("cuda", False, 1, torch.float16, None), ("cuda", True, 1, torch.float16, "reduce-overhead"),
+            ("cuda", True, 32, torch.float16, "default")]:
+        config = SimpleNamespace(compile=compile, batch=batch)
+        got, options = chapter.fast_settings(config, torch.device(device))
+        assert got == dtype and (options or {}).get("mode") == mode
+        if device == "cuda":
+            assert torch.backends.cudnn.benchmark == compile
+        assert not options or options["fullgraph"] and options["dynamic"] is False
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def test_seconds_are_of_a_batch_without_the_first(capsys):
+    calls = {"text": [9, 1, 2, 3], "U-Net": [8, 1, 1, 2, 2, 3, 3, 4], "decode": [5, 1, 1, 1]}      # two steps a batch
+    networks = {name: SimpleNamespace(seconds=seconds) for name, seconds in calls.items()}
+    assert chapter.print_seconds(networks, 4, 16) == {"text": 2, "U-Net": 5, "decode": 1}
+    out = capsys.readouterr().out
+    assert "9.00" in out and "of 16" in out and len(out.splitlines()) == 3
+    assert chapter.print_seconds({"text": SimpleNamespace(seconds=[4])}, 1, 1) == {"text": 4}     # there is no other
 
 
 # ---- LoRA and weight differences -------------------------------------------------------------------------------------
