@@ -177,13 +177,13 @@ def distance(a, b):
 
 @pytest.mark.parametrize("divide", [False, True])
 def test_lpips_huber_is_the_published_formula(divide):
-    """t huber(velocity) + LPIPS(picture, prediction) [/ (1 - t)]; the prediction is off by (1 - t) (v - target)."""
+    """t huber(velocity) + LPIPS(prediction, picture) [/ (1 - t)]; the prediction is off by (1 - t) (v - target)."""
     x0, x1, v, t = pair_at([0.01, 0.3, 0.5, 0.99])
     got = (chapter.lpips_huber_divided if divide else chapter.lpips_huber)(v, x0, x1, t, distance)
     for i in range(4):
         x1_hat = x1[i] + (1 - t[i]) * (v[i] - (x1[i] - x0[i]))
         expected = t[i] * huber((v[i] - x1[i] + x0[i]).numpy())
-        expected += distance(x1[i:i + 1], x1_hat[None])[0] / (1 - t[i] if divide else 1)
+        expected += distance(x1_hat[None], x1[i:i + 1])[0] / (1 - t[i] if divide else 1)
         assert got[i].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -193,11 +193,11 @@ def test_identities_between_velocity_and_predictions():
     seen = []
     for lpips_huber in (chapter.lpips_huber, chapter.lpips_huber_divided):
         lpips_huber(v, x0, x1, t, lambda a, b: seen.append((a, b)) or a.new_zeros(4))
-    (first, x1_hat), again = seen
+    (x1_hat, target), again = seen
     time, close = t[:, None, None, None], partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     xt = chapter.interpolate(x0, x1, t)
     x0_hat = xt - time * v
-    assert first is x1 and again[0] is x1 and torch.equal(again[1], x1_hat)
+    assert target is x1 and again[1] is x1 and torch.equal(again[0], x1_hat)
     close(x1_hat - x1, (1 - time) * (v - (x1 - x0)))
     close(x1_hat - x0_hat, v)
     close(xt, (1 - time) * x0_hat + time * x1_hat)
@@ -221,7 +221,7 @@ def test_the_weights_stay_finite_at_both_ends():
         loss = lpips_huber(v, x0, x1, t, distance)
         gradient, = torch.autograd.grad(loss.sum(), v)
         assert loss.isfinite().all() and gradient.isfinite().all()
-        assert loss[0].item() == pytest.approx(distance(x1, x0 + v)[0].item(), rel=1e-5)
+        assert loss[0].item() == pytest.approx(distance(x0 + v, x1)[0].item(), rel=1e-5)
         assert loss[3].item() == pytest.approx(huber((v - x1 + x0)[3].detach().numpy()), rel=1e-3)
 
 
@@ -746,15 +746,6 @@ def test_random_lpips_is_the_same_every_time(perceptual):
     assert torch.equal(perceptual(a, b), again(a, b)) and perceptual(a, b).shape == (4,)
 
 
-def test_lpips_is_that_of_the_package_on_upsampled_pictures(perceptual):
-    a, b = pictures()
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning):
-        network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
-    large = [nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False) for x in (a, b)]
-    torch.testing.assert_close(perceptual(a, b), network(*large).flatten())
-
-
 def test_lpips_may_count_more(perceptual):
     a, b = pictures()
     torch.testing.assert_close(chapter.Perceptual("squeeze", 32, "random", 3.0)(a, b), 3 * perceptual(a, b))
@@ -767,26 +758,76 @@ def test_lpips_is_zero_for_equal_pictures_only(perceptual):
 
 def test_lpips_is_frozen_and_passes_gradients_to_pictures(perceptual):
     a, b = pictures()
-    b.requires_grad_()
+    a.requires_grad_()
     perceptual(a, b).sum().backward()
-    assert b.grad.isfinite().all() and b.grad.abs().flatten(1).max(1).values.min() > 0 and a.grad is None
+    assert a.grad.isfinite().all() and a.grad.abs().flatten(1).max(1).values.min() > 0
     assert not any(p.requires_grad or p.grad is not None for p in perceptual.parameters())
     assert not any(m.training for m in perceptual.lpips.modules())
+
+
+def test_the_target_of_lpips_gets_no_gradient_and_keeps_no_graph(perceptual, monkeypatch):
+    """Half of the memory of a step would be its features."""
+    made, inner = [], perceptual.features
+    monkeypatch.setattr(perceptual, "features", lambda x: made.append((x, inner(x))) or made[-1][1])
+    a, b = pictures()
+    a.requires_grad_()
+    b.requires_grad_()
+    perceptual(a, b).sum().backward()
+    assert a.grad is not None and b.grad is None
+    assert {x is a: any(layer.requires_grad for layer in layers) for x, layers in made} == {True: True, False: False}
+
+
+@pytest.mark.parametrize("loss", [chapter.lpips_huber, chapter.lpips_huber_divided])
+def test_the_prediction_learns_from_lpips(loss, perceptual):
+    """At t = 0 the rest of the loss is 0: swapped, so that the picture is measured against it, nothing would learn."""
+    x0, x1, v, t = pair_at([0.0, 0.0], size=8)
+    v.requires_grad_()
+    loss(v, x0, x1, t, perceptual).sum().backward()
+    assert v.grad.abs().flatten(1).max(1).values.min() > 0
 
 
 def test_lpips_has_gradients_of_flat_pictures(perceptual):
     """Black, white, and beyond: features that are all zero must not make NaNs."""
     a, b = pictures(4)
-    b = torch.tensor([-1.0, 0.0, 1.0, 30.0])[:, None, None, None].expand_as(a).clone().requires_grad_()
+    a = torch.tensor([-1.0, 0.0, 1.0, 30.0])[:, None, None, None].expand_as(b).clone().requires_grad_()
     perceptual(a, b).sum().backward()
-    assert b.grad.isfinite().all()
+    assert a.grad.isfinite().all()
 
 
-def test_lpips_keeps_float32_under_autocast(perceptual):
+def test_under_autocast_the_backbone_alone_runs_in_bf16(perceptual):
+    """Distances stay within a few per cent, gradients point the same way; features are unit vectors in float32."""
+    a, b = pictures(8)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            x = a.clone().requires_grad_()
+            distances, layers = perceptual(x, b), perceptual.features(b)
+        assert distances.dtype == torch.float32
+        for layer in layers:
+            lengths = layer.double().norm(dim=1)
+            assert layer.dtype == torch.float32 and (lengths - 1).abs().max() < 1e-6
+        found.append((distances.detach(), torch.autograd.grad(distances.sum(), x)[0]))
+    (exact, slope), (rough, rough_slope) = found
+    assert not torch.equal(exact, rough) and (rough / exact - 1).abs().max() < 0.03
+    assert torch.cosine_similarity(slope.flatten(), rough_slope.flatten(), dim=0) > 0.9
+
+
+def test_lpips_compiles_as_one_graph_and_is_compiled_with_the_network(perceptual, monkeypatch):
+    """By choose_recipes, when it is in place; a compiled distance is the same."""
+    done = []
+    monkeypatch.setattr(chapter, "compile_network", lambda *arguments: done.append(arguments))
+    run = Recorder(chapter.Config(compile=True), 1)
+    perceptual_of_run = chapter.choose_recipes(run)["F"][1].keywords["perceptual"]
+    assert done == [(perceptual_of_run, run.config)]
+    assert perceptual_of_run.lpips.net.slice2[1].squeeze.weight.is_contiguous(memory_format=torch.channels_last)
     a, b = pictures()
-    expected = perceptual(a, b), perceptual(a.bfloat16().float(), b)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(perceptual(a, b), expected[0]) and torch.equal(perceptual(a.bfloat16(), b), expected[1])
+    compiled = torch.compile(perceptual, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = []
+    for network in (perceptual, compiled):
+        x = a.clone().requires_grad_()
+        distances = network(x, b)
+        found.append((distances.detach(), torch.autograd.grad(distances.sum(), x)[0]))
+    torch.testing.assert_close(*found)
 
 
 def torchvision_state(net):
@@ -807,7 +848,27 @@ def quick_backbones(monkeypatch):
     for name in ("kaiming_uniform_", "kaiming_normal_", "normal_", "uniform_", "constant_"):
         inner = getattr(nn.init, name)
         monkeypatch.setattr(nn.init, name, lambda tensor, *rest, inner=inner, **options: (
-            tensor if tensor.numel() > 10 ** 6 else inner(tensor, *rest, **options)))
+            tensor if tensor.numel() > 3 * 10 ** 6 else inner(tensor, *rest, **options)))
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
+@pytest.mark.parametrize("net", NETS)
+def test_lpips_is_that_of_the_package_on_upsampled_pictures(net, heads, quick_backbones):
+    """Values, and gradients with respect to the first picture."""
+    perceptual = chapter.Perceptual(net, 48, "random")
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning):
+        network = lpips.LPIPS(net=net, pnet_rand=True, lpips=heads, verbose=False)
+    if heads:
+        perceptual.lpips = network.requires_grad_(False)
+    a, b = pictures()
+    a.requires_grad_()
+    large = [nn.functional.interpolate(x, (48, 48), mode="bilinear", align_corners=False) for x in (a, b)]
+    found = []
+    for distances in (perceptual(a, b), network(*large).flatten()):
+        found.append((distances.detach(), torch.autograd.grad(distances.sum(), a)[0]))
+    assert found[0][0].min() > 0 and found[0][1].abs().max() > 0
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("net", NETS)

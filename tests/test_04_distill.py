@@ -559,6 +559,19 @@ def test_lpips_takes_over_from_squares_at_the_switch():
     assert torch.allclose(loss(3), expected) and not torch.allclose(expected, squared(z0, z1))
 
 
+def test_students_learn_from_lpips():
+    """The target is its second picture, which gets no gradient: the other way round they would learn nothing."""
+    z1, z0 = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    teaching = chapter.Lesson(lambda: (z0, z1, None), lambda x, t, labels: 0 * x,
+                              chapter.Perceptual("squeeze", 32, "random"))
+    losses = [partial(chapter.distillation_loss, lesson=teaching),
+              partial(chapter.consistency_distillation_loss, lesson=teaching, times=torch.tensor([1.0, 0.5]))]
+    for loss_fn in losses:
+        student = Spy()
+        loss_fn(student, None, 0).sum().backward()
+        assert student.scale.grad.isfinite() and student.scale.grad != 0
+
+
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
 
 
