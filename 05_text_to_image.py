@@ -578,7 +578,7 @@ def write_pairs(run, name, sampler, seed, count):
             path = run.folder / "pairs" / name / f"{i:05d}.pt"
             if path.exists():                               # a run that was killed loses the file in hand, no more
                 continue
-            batches = whole_batches(i * shard, shard, run)
+            batches = whole_batches(i * shard, shard, run.config.sample_batch, run.device)
             x1 = torch.cat([latents(sampler, seed, number, number) for number in batches])
             x1 = x1[:min(shard, count - i * shard)]
             require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
@@ -592,12 +592,10 @@ def write_pairs(run, name, sampler, seed, count):
 def load_pairs(run, name, count, shape):
     """Every world-th of the first `count` pairs: their numbers (N,), and x1 (N, *shape) as float16.
 
-    They lie on the device, where drawing costs no copy.  The paper's 1.6 million take 52 GB, on eight cards 6.6 GB each;
-    what would fill more than a quarter of a card stays in host memory.
+    The paper's 1.6 million take 52 GB, on eight cards 6.6 GB each.
     """
     number = torch.arange(run.rank, count, run.world)
-    room = torch.cuda.get_device_properties(run.device).total_memory // 4 if run.device.type == "cuda" else math.inf
-    device = run.device if 2 * len(number) * math.prod(shape) <= room else "cpu"
+    device = home(run.device, 2 * len(number) * math.prod(shape))
     pairs = torch.empty(len(number), *shape, dtype=torch.float16, device=device)
     for first in range(0, count, run.config.shard):
         path = run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt"
@@ -608,6 +606,12 @@ def load_pairs(run, name, count, shape):
         mine = (number >= first) & (number < first + wanted)
         pairs[mine.to(device)] = x1[number[mine] - first].to(device)
     return number.to(device), pairs
+
+
+def home(device, size):
+    """Where so many bytes are kept: on the device, where drawing costs no copy, unless they fill a quarter of it."""
+    large = device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory / 4
+    return torch.device("cpu") if large else device
 
 
 # Differs from 02_reflow.py: latents as float16, text in place of labels
@@ -711,10 +715,10 @@ def on_device(sampler, run):
     sampler.unet.cpu()
 
 
-def whole_batches(first, count, run):
+def whole_batches(first, count, batch, device):
     """Numbers from `first` on, for `count` pictures or a few more, in batches of one size: networks compile for one."""
-    batch = min(run.config.sample_batch, count)
-    numbers = first + torch.arange(math.ceil(count / batch) * batch, device=run.device)
+    batch = min(batch, count)
+    numbers = first + torch.arange(math.ceil(count / batch) * batch, device=device)
     return numbers.split(batch)
 
 
@@ -743,7 +747,7 @@ def generate(sampler, run):
     seed = seed_for(run.config.seed, 999)                   # the pairs use other seeds, so these noises are new
     left = run.config.eval_size
     with on_device(sampler, run):
-        for number in whole_batches(0, left, run):
+        for number in whole_batches(0, left, run.config.sample_batch, run.device):
             yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, number, number))[:left]
             left -= len(number)
 

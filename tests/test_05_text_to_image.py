@@ -4,6 +4,7 @@ The networks themselves have tests of their own (test_05_networks.py).  diffuser
 the chapter does without them.
 """
 
+import copy
 import csv
 import json
 import os
@@ -23,6 +24,7 @@ from conftest import (copy_run, driver, fixtures, kill_after_row, kill_in_shard,
                       torchrun)
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "05_text_to_image"
 chapter = load(NAME)
@@ -327,7 +329,7 @@ def pipe(vocabulary):
     tokenizer = chapter.CLIPTokenizer(*vocabulary)
     return chapter.Pipeline(tokenizer, chapter.CLIPTextEncoder(len(tokenizer.vocab), 8, 1, 2, inner=16).eval(),
                             chapter.UNet((4, 8), 1, (False, True), 2, 8, groups=1),
-                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, (2, 3, 3))
+                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, (4, 8, 8))
 
 
 def test_every_word_of_the_captions_is_one_token(vocabulary):
@@ -524,9 +526,9 @@ def other_pairs(*shape, dtype=torch.float16):
     (lambda path: path.unlink(), "is missing"), (lambda path: path.write_bytes(b"no tensor"), "delete it"),
     (lambda path: path.write_bytes(b""), "delete it"), (lambda path: torch.save([1], path), "delete it"),
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "delete it"),
-    (lambda path: chapter.save_checkpoint(path, config={}), "other pairs"), (other_pairs(3, 2, 3, 3), "other pairs"),
-    (other_pairs(8, 2, 3, 4), "other pairs"), (other_pairs(9, 2, 3, 3), "other pairs"),
-    (other_pairs(8, 2, 3, 3, dtype=torch.float32), "other pairs"),
+    (lambda path: chapter.save_checkpoint(path, config={}), "other pairs"), (other_pairs(3, 4, 8, 8), "other pairs"),
+    (other_pairs(8, 4, 8, 16), "other pairs"), (other_pairs(9, 4, 8, 8), "other pairs"),
+    (other_pairs(8, 4, 8, 8, dtype=torch.float32), "other pairs"),
 ], ids=["missing", "text", "empty", "another's", "cut", "none", "few", "wide", "many", "float32"])
 def test_a_spoilt_shard_is_one_line(tmp_path, pipe, spoil, words):
     run, _ = some_pairs(tmp_path, pipe)
@@ -542,6 +544,169 @@ def test_samples_that_are_not_finite_are_not_stored(tmp_path, pipe):
     with pytest.raises(chapter.UserError, match="not finite"):
         chapter.write_pairs(some_run(tmp_path), "some", sampler, 0, 8)
     assert not (tmp_path / "pairs").exists()
+
+
+# ---- What a GPU needs, seen on a CPU ---------------------------------------------------------------------------------
+
+
+class Transfers(TorchDispatchMode):
+    """Notes every copy from one device to another: whether it was one that nobody waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.seen.append(bool(kwargs.get("non_blocking")))
+        if function is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            self.seen.append(len(args) > 2 and args[2])
+        return function(*args, **kwargs)
+
+
+def test_transfers_are_noticed():
+    with Transfers() as transfers:
+        torch.ones(2).to("meta"), torch.ones(2).to("meta", non_blocking=True), torch.ones(2).to(torch.int32)
+        torch.ones(2, device="meta").copy_(torch.ones(2))
+    assert transfers.seen == [False, True, False]
+
+
+@pytest.mark.parametrize("few", [0, 256], ids=["encoded", "kept"])
+@pytest.mark.parametrize("home, copies", [("meta", []), ("cpu", [True, True])])
+def test_a_training_step_waits_for_no_copy(pipe, monkeypatch, few, home, copies):
+    """Pairs on the device cost no copy at all, those in host memory a batch of them and its numbers, from pinned memory.
+
+    The meta device plays the GPU.
+    """
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda rows: pinned.append(rows) or rows)
+    pipe.text_encoder.to("meta"), pipe.unet.to("meta")
+    prompts = chapter.Prompts(pipe, chapter.shape_captions(), few=few)
+    pairs = torch.arange(20, device=home), torch.zeros(20, *pipe.shape, dtype=torch.float16, device=home)
+    draw = partial(chapter.draw_stored, pairs, 7, prompts, 4, dropout=0.1)
+    with Transfers() as transfers:
+        for loss in (chapter.reflow_loss, partial(chapter.one_step_loss, distance=chapter.latent_distance)):
+            assert chapter.pair_loss(pipe.unet, None, 0, draw, loss).device.type == "meta"
+    assert transfers.seen == 2 * copies and len(pinned) == len(transfers.seen)
+
+
+def test_the_teachers_step_copies_nothing(pipe):
+    tables = torch.zeros(20, *pipe.shape, device="meta"), torch.zeros(20, 77, dtype=torch.int64, device="meta")
+    forget = partial(chapter.drop_some, empty=tables[1][:1], dropout=0.1)
+    model = chapter.Captioned(pipe.unet, pipe.text_encoder).to("meta")
+    step = partial(chapter.teacher_loss, model, None, 0, partial(chapter.draw_rows, 4, *tables), forget)
+    step()                                                 # the first one copies the noise levels
+    with Transfers() as transfers:
+        step()
+    assert transfers.seen == []
+
+
+@pytest.mark.parametrize("processes, home", [(1, "cpu"), (8, "cuda")])
+def test_pairs_too_large_for_the_card_stay_in_host_memory(monkeypatch, processes, home):
+    """The paper's are, unless eight cards of 80 GB share them."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    size = 1_600_000 // processes * 4 * 64 * 64 * 2
+    assert chapter.home(torch.device("cuda"), size).type == home
+    assert chapter.home(torch.device("mps"), size).type == "mps"
+
+
+def test_pairs_are_put_where_they_have_room(tmp_path, pipe, monkeypatch):
+    """The meta device plays the GPU."""
+    run, _ = some_pairs(tmp_path, pipe)
+    sizes = []
+    monkeypatch.setattr(chapter, "home", lambda device, size: sizes.append(size) or torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *arguments: None)      # a mask on meta says nothing
+    number, x1 = chapter.load_pairs(run, "some", 20, pipe.shape)
+    assert number.device.type == x1.device.type == "meta" and sizes == [x1.nbytes]
+
+
+def test_only_the_pictures_on_the_grid_are_kept(tmp_path, pipe):
+    """20 pictures, 3 at a time, the last ones filled up; the numbers are those of all at once."""
+    run = some_run(tmp_path, "--eval-size", "20")
+    prompts, features, seen = chapter.Prompts(pipe, chapter.shape_captions()[:9]), chapter.RandomFeatures(), []
+    pipe.unet.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    pipe.vae.decoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    sampler = chapter.Sampler(prompts, pipe.unet, "euler", 2)
+    shown = chapter.grid_numbers(9, 20, rows=3)
+    assert shown == [[0, 9, 18], [4, 13], [8, 17]]
+    made, accuracy, kept = chapter.measure(sampler, run, features, sum(shown, []))
+    assert seen == [3] * 3 * 7 and sampler.evaluations / sampler.drawn == 2
+    number = torch.arange(20)
+    images = torch.cat([*chapter.pictures(sampler, chapter.seed_for(0, 999), number, number, 20)])
+    assert sorted(kept) == sorted(sum(shown, []))
+    for i, picture in kept.items():
+        close(picture, images[i], atol=1e-5)
+        assert picture.untyped_storage().nbytes() == picture.nbytes       # not a view of the whole batch
+    for ours, theirs in zip(made, chapter.feature_moments(images, features, run.device)):
+        close(ours, theirs, atol=1e-5)
+    right = [text == prompts.texts[i % 9] for i, text in enumerate(chapter.captions_of(images))]
+    assert accuracy == sum(right) / 20
+
+
+def test_finished_networks_leave_the_device(tmp_path, pipe, monkeypatch):
+    """They are there while they are sampled, and no longer."""
+    events = []
+
+    def sampler(x0, text):
+        events.append("drawn")
+        return x0
+    sampler.prompts, sampler.unet = Numbers(pipe), pipe.unet
+    monkeypatch.setattr(chapter, "place", lambda network, device: events.append("there") or network)
+    monkeypatch.setattr(pipe.unet, "cpu", lambda: events.append("away"))
+    run = some_run(tmp_path, "--eval-size", "6")
+    chapter.write_pairs(run, "some", sampler, 0, 8)
+    assert events == ["there", *["drawn"] * 3, "away"]
+    assert [len(images) for images in chapter.generate(sampler, run)] == [3, 3]
+    assert events[5:] == ["there", *["drawn"] * 2, "away"]
+
+
+def test_lpips_decodes_the_target_once_without_a_gradient(monkeypatch):
+    modes = []
+    monkeypatch.setattr(Doubling, "decode", lambda self, z: modes.append((torch.is_grad_enabled(), z)) or 2 * z)
+    a, b = torch.rand(3, 1, 2, 2, requires_grad=True), torch.rand(3, 1, 2, 2, requires_grad=True)
+    chapter.picture_distance(Doubling(), lambda x, y: (x - y).flatten(1).sum(1), a, b).sum().backward()
+    assert [with_gradient for with_gradient, _ in modes] == [False, True] and torch.equal(modes[0][1], b / 0.5)
+    assert a.grad is not None and b.grad is None
+
+
+def test_a_network_meets_two_sizes_of_batches(tmp_path, pipe):
+    """Pairs with guidance, pictures without, in odd numbers: nothing to compile after the first batch of each.
+
+    Nor after the first step of training by LPIPS, in slices and through a decoder that computes again what it forgot.
+    """
+    torch._dynamo.reset()
+    jit = dict(dynamic=False, backend="aot_eager")
+    run = some_run(tmp_path, "--eval-size", "10", "--batch", "4", "--accumulate", "2", "--steps", "3")
+    prompts, features = chapter.Prompts(pipe, chapter.shape_captions()), chapter.RandomFeatures()
+    student = copy.deepcopy(pipe.unet)
+    pipe.vae.requires_grad_(False).checkpointing = True
+    perceptual = chapter.Perceptual("squeeze", 32, "random")
+    for network in (pipe.unet, student, pipe.vae.decoder, perceptual):
+        chapter.place(network, run.device).compile(**jit)
+    straight, plain, teacher = (chapter.Sampler(prompts, pipe.unet, *way) for way in
+                                (("euler", 2, 1.5), ("euler", 1), ("dpm", 3, 1.5)))
+    for sampler in (straight, plain):
+        list(chapter.pictures(sampler, 0, torch.arange(3), torch.arange(3), 3))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        chapter.write_pairs(run, "some", straight, 7, 20)
+        for sampler in (plain, teacher):
+            chapter.measure(sampler, run, features, [1, 9])
+    draw = partial(chapter.draw_stored, chapter.load_pairs(run, "some", 20, pipe.shape), 7, prompts, 2)
+    loss = partial(chapter.one_step_loss, distance=partial(chapter.picture_distance, pipe.vae, perceptual))
+    steps = chapter.train(student, partial(chapter.pair_loss, draw=draw, loss=loss), run.config)
+    next(steps)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert [step for step, _, _ in steps] == [2, 3]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_the_papers_slices_hold_enough_for_a_gpu_and_not_too_much(world):
+    """On eight processes at least 8 pairs in each, of every phase; pictures are made in tens, not in thousands."""
+    config = chapter.parse_config(chapter.Config, "--preset paper --model folder --prompts file".split())
+    pairs = [batch // (world * chapter.slices(config, batch)) for batch in (*config.reflow_batch, *config.distill_batch)]
+    assert all(64 // world <= n <= 64 // world * world for n in pairs) and config.sample_batch <= 32
 
 
 # ---- Reading captions off pictures -----------------------------------------------------------------------------------
