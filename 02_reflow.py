@@ -10,8 +10,8 @@ One step of 1-RF gives the mean picture of a class, a grey blur; one step of 2-R
     python 02_reflow.py --data photos/ --image-size 32 --attention 8             # your own images, a folder a class
     torchrun --nproc-per-node 8 02_reflow.py --preset paper --download --fid     # CIFAR-10 as in the paper
 
-You will see, in runs/02_reflow/quick/: samples.png (the same noises after 1, 2, 4, 8 and many steps, 1-RF above 2-RF),
-straightness.png (how far from their chords the paths run), and a table of Frechet distances against steps.
+You will see a table of Frechet distances against steps, with the straightness of the paths, and in
+runs/02_reflow/quick/ samples.png: the same noises after 1, 2, 4, 8 and many steps, 1-RF above 2-RF.
 [Liu+22] Liu, Gong, Liu: Flow Straight and Fast, arXiv 2209.03003.  [Song+21] Score-Based Generative Modeling through
 SDEs, arXiv 2011.13456 (the network).  [Karras+22] Elucidating the Design Space, arXiv 2206.00364 (its scaling).
 """
@@ -67,23 +67,17 @@ def draw_independent(images, labels, n):
 
 # Differs from 01_rectified_flow.py: a pair has an index, which fixes its noise and its class
 def make_pairs(velocity, seed, index, config):
-    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these indices (B,).
-
-    z0 is a function of seed and index: nobody has to store it, and every process can compute it again.
-    """
+    """Reflow's coupling z0 ~ N(0, I), z1 = ODE[v](z0) [Liu+22], for the pairs of these indices (B,)."""
     z0 = pair_noise(seed, index, velocity.shape)
     return z0, sample(velocity, z0, index, config.pair_steps, config.pair_solver)
 
 
 # Differs from 01_rectified_flow.py: z1 was stored, z0 is made again
 def draw_stored(z1, seed, classes, n):
-    """A reflow round's coupling: one index picks both ends.  z1: uint8 (N, C, H, W) of make_pairs with this seed.
-
-    Pair i was made with the label i % classes.
-    """
+    """A reflow round's coupling: one index picks both ends.  z1: uint8 (N, C, H, W) of make_pairs with this seed."""
     index = torch.randint(len(z1), (n,), device=z1.device)
     x0 = pair_noise(seed, index, z1.shape[1:])
-    return x0, to_floats(z1[index]), index % classes if classes else None
+    return x0, to_floats(z1[index]), index % classes if classes else None      # the labels they were made with
 
 
 # Differs from 01_rectified_flow.py: a batch may carry class labels
@@ -205,16 +199,15 @@ def write_pairs(run, name, velocity, stream):
 
 def load_pairs(run, name):
     """All z1 that write_pairs stored, in order: uint8 (N, C, H, W) on the device."""
-    pairs = run.config.pairs
-    for first in range(0, pairs, run.config.shard):
-        path = run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt"
+    config = run.config
+    size = (config.pairs, 3, config.image_size, config.image_size)
+    images = to_device(torch.empty(size, dtype=torch.uint8), run.device)        # may fill the memory: only once
+    for i, shard in enumerate(images.split(config.shard)):
+        path = run.folder / "pairs" / name / f"{i:05d}.pt"
         z1 = load_checkpoint(path).get("z1", torch.empty(0))
-        side = run.config.image_size
-        if z1.dtype != torch.uint8 or z1.shape != (min(run.config.shard, pairs - first), *z1.shape[1:2], side, side):
+        if (z1.dtype, z1.shape) != (shard.dtype, shard.shape):
             raise UserError(f"{path} holds other pairs; delete it and run again")
-        if first == 0:                                      # may be most of the memory: it is there once
-            images = to_device(torch.empty(pairs, *z1.shape[1:], dtype=torch.uint8), run.device)
-        images[first:first + len(z1)] = z1.to(run.device)
+        shard.copy_(z1)
     return images
 
 
@@ -222,23 +215,20 @@ def load_flow(path, run, channels, classes):
     """A finished network of this or another run.  UserError if this run's settings make another network."""
     flow = Flow(run.config, channels, classes)
     content = load_checkpoint(path)
+    names = ("image_size", "channels", "mult", "blocks", "attention", "conditional")
+    sizes = ", ".join(f"{name}={content['config'].get(name)}" for name in names)
     try:
-        for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
-            theirs = content["config"][name]
-            ours = getattr(run.config, name)
-            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
-                raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
-        if "optimizer" in content:
-            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{path} holds another network, of {sizes}: {str(error).splitlines()[-1].strip()}") from None
+    if "optimizer" in content:
+        raise UserError(f"{path} is not trained to its end")
     return place(flow, run.device).eval().requires_grad_(False)
 
 
 # Differs from 01_rectified_flow.py: Frechet distances in place of W2
 def report(flows, images, features, distance, run):
-    """Measure every round from the same noises, print the table, draw the figures."""
+    """Measure every round from the same noises, print the table, draw the figure."""
     real = feature_moments(images, features, run.device)
     results = []
     strips = {}
@@ -249,8 +239,7 @@ def report(flows, images, features, distance, run):
     save_json(run.folder / "results.json", {"distance": distance, "samples": run.config.eval_size, "rounds": results})
     print_table(results, distance)
     draw_samples(strips, run.folder / "samples.png")
-    draw_straightness(results, run.folder / "straightness.png")
-    print(f"\n{time.perf_counter() - run.started:.0f} s; figures and results.json are in {run.folder}/")
+    print(f"\n{time.perf_counter() - run.started:.0f} s; samples.png and results.json are in {run.folder}/")
 
 
 # Differs from 01_rectified_flow.py: no closed form to compare with
@@ -266,8 +255,8 @@ def evaluate(velocity, real, features, run):
     index = torch.arange(run.config.shard, device=run.device)
     x0 = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
-    by_time = straightness_by_time(flow, x0, 10)
-    return result | {"S": by_time.mean().item(), "S_by_t": by_time.tolist()}, pictures
+    result["S"] = straightness_by_time(flow, x0, 10).mean().item()
+    return result, pictures
 
 
 # Differs from 01_rectified_flow.py: Frechet distances in place of W2
@@ -280,7 +269,7 @@ def print_table(results, distance):
         print(f"{k}-RF  {numbers} {r['NFE']['rk45']:8.0f} {r['S']:9.3f}")
 
 
-# ---- Sampling and metrics --------------------------------------------------------------------------------------------
+# ---- Sampling, metrics, figures --------------------------------------------------------------------------------------
 
 
 class Velocity:
@@ -301,27 +290,24 @@ class Velocity:
         with self.autocast:
             return self.flow(x, t, labels).float()
 
-    @torch.no_grad()
-    def precise(self, x, t, labels=None):
-        """All in float32: rk45 would take the rounding of bf16 and TF32 for errors of its steps, and halve them."""
-        self.evaluations += 1
-        torch.set_float32_matmul_precision("highest")
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            v = self.flow.forward(x, t, labels)             # not the compiled graph
-        torch.set_float32_matmul_precision("high")
-        return v
-
 
 def sample(velocity, z0, index, steps, method="euler"):
-    """Where the flow carries z0 (B, C, H, W) of the pairs of these numbers: pair i has label i modulo the classes.
-
-    method: euler or heun in so many steps; rk45 chooses its steps, to a tolerance of 10^-steps.
-    """
-    labels = index % velocity.classes if velocity.classes else None
+    """Where the flow carries z0 (B, C, H, W) of these pairs: euler or heun in so many steps, or rk45 to 10^-steps."""
+    labels = index % velocity.classes if velocity.classes else None         # pair i has this one in draw_stored, too
     if method == "rk45":
-        return integrate_adaptive(partial(velocity.precise, labels=labels), z0, 10.0 ** -steps)
-    flow = partial(velocity, labels=labels)
-    return integrate(flow, z0, steps, method)[-1]
+        return integrate_adaptive(partial(in_float32, velocity, labels=labels), z0, 10.0 ** -steps)
+    return integrate(partial(velocity, labels=labels), z0, steps, method)[-1]
+
+
+@torch.no_grad()
+def in_float32(velocity, x, t, labels):
+    """v(x, t) all in float32: rk45 would take the rounding of bf16 and TF32 for errors of its steps, and halve them."""
+    velocity.evaluations += 1
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        v = velocity.flow.forward(x, t, labels)             # not the compiled graph
+    torch.set_float32_matmul_precision("high")
+    return v
 
 
 def integrate_adaptive(velocity, x0, tolerance=1e-5):
@@ -381,8 +367,6 @@ class RandomFeatures(nn.Module):
 
 def moments(features):
     """Features (N, F) -> their mean (F,) and covariance (F, F) in float64: all that a Frechet distance looks at."""
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be (N, F) with N >= 2, got {tuple(features.shape)}")
     features = features.cpu().double()                      # the CPU first: MPS has no float64
     return features.mean(0), features.T.cov()
 
@@ -402,8 +386,6 @@ def frechet_from_moments(mean_a, cov_a, mean_b, cov_b):
 
 def frechet_distance(features_a, features_b):
     """Frechet distance of Gaussians fitted to features (N, F) and (M, F).  Biased upwards: mind N and M."""
-    if features_a.shape[1:] != features_b.shape[1:]:
-        raise ValueError(f"feature sizes differ: {tuple(features_a.shape)} and {tuple(features_b.shape)}")
     return frechet_from_moments(*moments(features_a), *moments(features_b))
 
 
@@ -438,13 +420,30 @@ def inception_features(run):
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise UserError(f"{path} is missing or not {INCEPTION_URL}: delete it and pass --download")
     network = torch.jit.load(path, map_location=run.device).eval()     # a program: therefore the hash
-    return partial(call_inception, network)
+
+    @torch.no_grad()
+    def features(images):                                   # it resizes to 299 x 299 by itself
+        return network(to_bytes(images), return_features=True).float()
+    return features
 
 
-@torch.no_grad()
-def call_inception(network, images):
-    """It wants the bytes that an image file would hold, and resizes to 299 x 299 by itself."""
-    return network((images * 127.5 + 128).clamp(0, 255).to(torch.uint8), return_features=True).float()
+def tile(images):
+    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
+    images = F.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
+    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
+
+
+def draw_samples(strips, path):
+    """A strip of pictures per row, the same noise down each column.  strips: row name -> (n, C, H, W) in [-1, 1]."""
+    rows = [tile(images) for images in strips.values()]
+    height, width, _ = rows[0].shape
+    figure, axes = new_figure(1, size=6.0)
+    figure.set_size_inches(0.62 * width / height + 1.6, 0.62 * len(rows))
+    axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
+    axes[0, 0].set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips))
+    axes[0, 0].tick_params(length=0, labelbottom=False)
+    axes[0, 0].spines[:].set_visible(False)
+    save_figure(figure, path)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -499,9 +498,8 @@ def shape_distances(x, y, r):
 def shapes(n, size=32, seed=0):
     """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
     u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
-    kind = (u[:, 0] * len(SHAPES)).long()
-    colour = (u[:, 1] * len(COLOURS)).long()
-    ground = (u[:, 2] * len(BACKGROUNDS)).long()
+    choices = torch.tensor([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
+    kind, colour, ground = (u[:, :3] * choices).long().T
     r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
     cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
     cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
@@ -532,40 +530,35 @@ def load_data(run):
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
     folder = run.config.data_dir
-    fetch = run.config.download and run.rank == 0
     try:
-        if fetch:
+        if run.config.download and run.rank == 0:
             torchvision.datasets.CIFAR10(folder, download=True)
         run.wait()
         data = torchvision.datasets.CIFAR10(folder)
     except (OSError, RuntimeError) as error:                # no network; missing or broken files
-        advice = f"the download failed ({error})" if fetch else "pass --download to fetch it (170 MB)"
-        raise UserError(f"no CIFAR-10 in {folder}: {advice}") from None
+        raise UserError(f"no CIFAR-10 in {folder}; --download fetches it (170 MB): {error}") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
     images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
 
 def load_folder(run):
-    """Images in class sub-folders (torchvision's ImageFolder), or in the folder itself: then they are one class."""
+    """Images in class sub-folders, or in the folder itself: then they are one class."""
     root = Path(run.config.data).resolve()
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        names = [root.name]
-        root = root.parent
-    numbers = {name: i for i, name in enumerate(names)}
-    files = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
+    files = [(path, folder.name) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
         jobs = pool.imap(partial(decode, size=run.config.image_size), [path for path, _ in files], chunksize=32)
         images = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
-    good = [i for i, image in enumerate(images) if image is not None]
-    bad = [path for (path, _), image in zip(files, images) if image is None]
+    good = [(image, name) for image, (_, name) in zip(images, files) if image is not None]
+    bad = [str(path) for image, (path, _) in zip(images, files) if image is None]
     if bad and run.rank == 0:
         print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
-    used, labels = torch.tensor([files[i][1] for i in good]).unique(return_inverse=True)    # no class without an image
-    return torch.stack([images[i] for i in good]), labels, [names[i] for i in used]
+    names = sorted({name for _, name in good})              # no class without an image
+    labels = torch.tensor([names.index(name) for _, name in good])
+    return torch.stack([image for image, _ in good]), labels, names
 
 
 def decode(path, size):
@@ -576,10 +569,9 @@ def decode(path, size):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                  # 16-bit grey: Pillow's own conversion would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # the central square
+            image = image.convert("RGBA")                   # transparent becomes white
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)     # the central square
             return torchvision.transforms.functional.pil_to_tensor(image)
     except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
         return None
@@ -593,11 +585,8 @@ class Flow(nn.Module):
 
     def __init__(self, config, channels, classes):
         super().__init__()
-        try:
-            self.model = UNet(config.image_size, channels, config.channels, config.mult, config.blocks,
-                              config.attention, config.dropout, classes)
-        except ValueError as error:
-            raise UserError(f"--image-size, --channels or --mult: {error}") from None
+        self.model = UNet(config.image_size, channels, config.channels, config.mult, config.blocks,
+                          config.attention, config.dropout, classes)
 
     def forward(self, x, t, labels=None):
         return edm_velocity(partial(self.model, labels=labels), x, t)
@@ -634,14 +623,12 @@ def group_norm(channels):
     """GroupNorm (Wu & He 2018) with at most 32 groups of at least four channels."""
     groups = min(32, channels // 4)
     if channels % 4 or channels % groups:
-        raise ValueError(f"{channels} channels in {groups} groups: make model_channels a multiple of 4, above 32 of 32")
+        raise UserError(f"{channels} channels in {groups} groups: make --channels a multiple of 4, above 32 of 32")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class UNetBlock(nn.Module):
-    """h = conv1(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb)))), then (h + skip(x)) / sqrt(2), perhaps attention.
-
-    Left out of the formula: dropout before conv1, and resampling of h and x."""
+    """h = conv1(drop(SiLU(norm1(conv0(SiLU(norm0(x))) + affine(emb))))); (h + skip(x)) / sqrt(2); perhaps attention."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, resample=None, attention=False):
         super().__init__()
@@ -681,9 +668,9 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, image_channels=3, model_channels=128, mult=(2, 2, 2), num_blocks=4,
                  attention=(16,), dropout=0.13, classes=0):
         super().__init__()
-        least = 2 ** (len(mult) - 1)
-        if image_size < least or image_size & (image_size - 1):
-            raise ValueError(f"image_size {image_size}: {len(mult)} levels need a power of two, at least {least}")
+        lowest = image_size >> len(mult) - 1                # side of the last level
+        if not lowest or image_size & (image_size - 1):
+            raise UserError(f"--image-size {image_size}: no power of two, or too small for {len(mult)} levels (--mult)")
         self.shape = (image_channels, image_size, image_size)
         self.classes = classes
         emb_dim = 4 * model_channels
@@ -696,18 +683,16 @@ class UNet(nn.Module):
         self.register_buffer("numbers", torch.arange(classes), persistent=False)
         block = partial(UNetBlock, emb_dim=emb_dim, dropout=dropout)
         levels = [(image_size >> level, m * model_channels) for level, m in enumerate(mult)]
-        width = model_channels
-        skips = [width]                                     # widths of the outputs that the decoder reads again
-        self.enc = nn.ModuleDict({f"{image_size}x{image_size}_conv": conv(image_channels, width)})
+        skips = [model_channels]                            # widths of the outputs that the decoder reads again
+        self.enc = nn.ModuleDict({f"{image_size}x{image_size}_conv": conv(image_channels, model_channels)})
         for size, channels in levels:
             if size < image_size:
-                self.enc[f"{size}x{size}_down"] = block(width, width, resample=nn.AvgPool2d(2))
-                skips.append(width)
+                self.enc[f"{size}x{size}_down"] = block(skips[-1], skips[-1], resample=nn.AvgPool2d(2))
+                skips.append(skips[-1])
             for i in range(num_blocks):
-                self.enc[f"{size}x{size}_block{i}"] = block(width, channels, attention=size in attention)
-                width = channels
-                skips.append(width)
-        lowest = image_size // least
+                self.enc[f"{size}x{size}_block{i}"] = block(skips[-1], channels, attention=size in attention)
+                skips.append(channels)
+        width = skips[-1]                                   # of the latest output
         self.dec = nn.ModuleDict({f"{lowest}x{lowest}_in0": block(width, width, attention=True),
                                   f"{lowest}x{lowest}_in1": block(width, width)})
         for size, channels in reversed(levels):
@@ -725,16 +710,13 @@ class UNet(nn.Module):
         angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
-            if labels is None:
-                labels = torch.full_like(noise_label, -1)           # no class: a row of zeros
-            if labels.ndim == 1:
-                labels = labels[:, None] == self.numbers    # (b, classes)
-            emb = emb + self.map_label(labels.to(emb.dtype) * self.classes**0.5)        # mean square one
+            one_hot = (labels[:, None] == self.numbers).to(emb.dtype)                   # (b, classes)
+            emb = emb + self.map_label(one_hot * self.classes**0.5)                     # mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
-        """x (b, c, h, w), noise_label (b,), labels None, (b,) int64 or (b, classes) -> (b, c, h, w)."""
-        if x.shape[1:] != self.shape or (labels is not None and not self.classes):
+        """x (b, c, h, w), noise_label (b,), labels (b,) int64 or, without classes, None -> (b, c, h, w)."""
+        if x.shape[1:] != self.shape or (labels is None) == bool(self.classes):
             raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
         emb = self.embed(noise_label, labels)
         skips = []
@@ -745,39 +727,6 @@ class UNet(nn.Module):
         for name, block in blocks:
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         return head(F.silu(norm(x)))
-
-
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-
-
-def tile(images):
-    """(n, C, H, W) in [-1, 1] side by side as an array (H, n W, C) for imshow, a white line between them."""
-    images = F.pad(to_bytes(images).float(), (1, 1, 1, 1), value=255)
-    return rearrange(images, "n c h w -> h (n w) c").byte().numpy()
-
-
-def draw_samples(strips, path):
-    """A strip of pictures per row, the same noise down each column.  strips: row name -> (n, C, H, W) in [-1, 1]."""
-    rows = [tile(images) for images in strips.values()]
-    height, width, _ = rows[0].shape
-    figure, axes = new_figure(1, size=6.0)
-    figure.set_size_inches(0.62 * width / height + 1.6, 0.62 * len(rows))
-    axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
-    axes[0, 0].set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips))
-    axes[0, 0].tick_params(length=0, labelbottom=False)
-    axes[0, 0].spines[:].set_visible(False)
-    save_figure(figure, path)
-
-
-def draw_straightness(results, path):
-    """How far the velocity is from the chord, along t: where a big step would go wrong."""
-    figure, axes = new_figure(1, size=5.0)
-    for k, result in enumerate(results, 1):
-        times = (np.arange(len(result["S_by_t"])) + 0.5) / len(result["S_by_t"])
-        axes[0, 0].semilogy(times, result["S_by_t"], "o-", markersize=4, label=f"{k}-RF (S = {result['S']:.3g})")
-    axes[0, 0].set(xlabel="t  (0 noise, 1 data)", ylabel="E |(z1 - z0) - v|$^2$, summed over pixels")
-    axes[0, 0].legend(frameon=False)
-    save_figure(figure, path)
 
 
 # region Copied from 01_rectified_flow.py: training loop, solver, straightness, plumbing -------------------------------
