@@ -36,7 +36,6 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -417,46 +416,44 @@ def check_settings(run):
 def report(run, prompts, networks):
     """Measure everything from the same noises, print the table, draw the grid.  networks: name -> U-Net, by seed."""
     config = run.config
+    texts = prompts.texts
     features = RandomFeatures().to(run.device)
-    shown = grid_numbers(len(prompts.texts), config.eval_size)
     results = {}
-    columns = {}
+    pictures = {}
     data = None                                             # without data, the teacher's pictures are the measure
     if not config.model:
         images, _, _ = shapes(config.data_size, config.image_size, config.seed)
         data = feature_moments(images, features, run.device)
+    readable = set(texts) <= set(shape_captions())          # other prompts cannot be read off a picture
     for group in [{"teacher": prompts.pipe.unet}, *networks]:       # the teacher has no seeds
         for heading, sampler in samplers(run, prompts, group).items():
-            made, accuracy, kept = measure(sampler, run, features, sum(shown, []))
+            made, captions, first = measure(sampler, run, features)
             data = data or made
-            row = {"FD": frechet_from_moments(*made, *data), "NFE": sampler.evaluations / sampler.drawn}
-            results.setdefault(heading, []).append(row | {"accuracy": accuracy})
-            columns.setdefault(heading, kept)               # of the first seed
+            right = [text == texts[i % len(texts)] for i, text in enumerate(captions)]
+            row = {"FD": frechet_from_moments(*made, *data), "NFE": sampler.evaluations / sampler.drawn,
+                   "accuracy": sum(right) / len(right) if readable else None}
+            results.setdefault(heading, []).append(row)
+            pictures.setdefault(heading, first)             # of the first seed
     save_json(run.folder / "results.json", {"samples": config.eval_size, "networks": results})
     print_table(results, config.eval_size)
-    draw_grid(columns, shown, prompts.texts, run.folder / "grid.png")
+    draw_grid(pictures, texts, run.folder / "grid.png")
     print(f"\n{time.perf_counter() - run.started:.0f} s; grid.png, results.json and the networks are in {run.folder}/")
 
 
-def measure(sampler, run, features, shown):
-    """Moments of the features of config.eval_size pictures, the share that is read as asked, and number -> picture.
+def measure(sampler, run, features):
+    """Moments of the features of config.eval_size pictures, the captions read off them, and the first 96 for the grid.
 
-    The share is None for prompts that nobody can read off a picture.  Only the pictures of the numbers in `shown` are
-    kept: all 5000 of 512 x 512 would take 16 GB.
+    All 5000 of 512 x 512 pixels would take 16 GB.
     """
-    texts = sampler.prompts.texts
-    asked = texts if set(texts) <= set(shape_captions()) else []
     rows = []
-    kept = {}
-    right = count = 0
+    captions = []
+    first = []
     for images in generate(sampler, run):
         rows.append(features(images).cpu())
         images = images.cpu()
-        if asked:
-            right += sum(text == texts[i % len(texts)] for i, text in enumerate(captions_of(images), count))
-        kept |= {i: images[i - count].clone() for i in shown if count <= i < count + len(images)}
-        count += len(images)
-    return moments(torch.cat(rows)), right / count if asked else None, kept
+        captions += captions_of(images)
+        first += images[:96 - len(first)]
+    return moments(torch.cat(rows)), captions, torch.stack(first)
 
 
 def samplers(run, prompts, networks):
@@ -759,8 +756,6 @@ def captions_of(images, tolerance=0.15):
     is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is more than
     `tolerance` of its area, it is none: blurs do not count.
     """
-    if len(images) > 128:                                   # bounds the memory
-        return [caption for chunk in images.split(128) for caption in captions_of(chunk, tolerance)]
     size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
     scale = (images.shape[-1] - 2) * size / images.shape[-1]
     images = F.interpolate(images, (size, size), mode="area")
@@ -790,28 +785,22 @@ def captions_of(images, tolerance=0.15):
     return [shape_captions()[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
 
 
-def grid_numbers(texts, size, each=3, rows=8):
-    """Numbers of the pictures on the grid, a list for each row; picture i of `size` is one of text i mod `texts`."""
-    count = min(texts, size)
-    chosen = np.linspace(0, count - 1, min(rows, count)).round().astype(int).tolist()
-    return [[*range(i, size, texts)][:each] for i in chosen]
-
-
-def draw_grid(columns, shown, texts, path):
-    """Prompts by networks, the same noises along a row.  columns: heading -> (number -> picture); shown: grid_numbers."""
+def draw_grid(columns, texts, path, each=3, rows=8):
+    """Prompts by networks, the same noises along a row.  columns: heading -> pictures, the i-th of text i mod N."""
     from matplotlib.figure import Figure                    # here: training does not need it
     columns = {heading: images for heading, images in columns.items() if not re.search("velocity|longer", heading)}
-    figure = Figure((0.65 * len(shown[0]) * len(columns) + 2.4, 0.66 * len(shown) + 0.6), layout="constrained")
-    axes = figure.subplots(len(shown), len(columns), squeeze=False)
+    count = min(len(texts), len(next(iter(columns.values()))))
+    chosen = np.linspace(0, count - 1, min(rows, count)).round().astype(int)
+    figure = Figure((0.65 * each * len(columns) + 2.4, 0.66 * len(chosen) + 0.6), layout="constrained")
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
     for (heading, images), column in zip(columns.items(), axes.T):
         column[0].set_title(heading.replace(", ", "\n"), fontsize=9)
-        for numbers, panel in zip(shown, column):
-            panel.imshow(tile(torch.stack([images[i] for i in numbers])), interpolation="nearest")
+        for i, panel in zip(chosen, column):
+            panel.imshow(tile(images[i::len(texts)][:each]), interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-    for numbers, panel in zip(shown, axes[:, 0]):
-        text = texts[numbers[0]][:60]
-        panel.set_ylabel(textwrap.fill(text, 20), rotation=0, ha="right", va="center", fontsize=8)
+    for i, panel in zip(chosen, axes[:, 0]):
+        panel.set_ylabel(textwrap.fill(texts[i][:60], 20), rotation=0, ha="right", va="center", fontsize=8)
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
@@ -836,16 +825,14 @@ def sample_main(config):
     require("".join(config.prompt).strip() or not config.model, '--prompt "..." is missing: what shall be drawn?')
     writable = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
     require(writable, f"cannot write {path}: name a picture, such as {path.stem}.png")
-    if config.negative and config.guidance <= 1:
-        print("--negative does nothing without --guidance above 1", file=sys.stderr)
     sampler, networks = open_sampler(run, [*config.prompt])
-    number, batch = equal_batches(len(config.prompt) * count, run)
-    drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, batch)    # a row's noises again
+    number = torch.cat(whole_batches(0, len(config.prompt) * count, config.batch, run.device))
+    drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, config.batch)    # rows: same noises
     images = [images.cpu() for images in tqdm(drawn, "batches", disable=None, leave=False)]
     rows = torch.cat(images)[:len(config.prompt) * count].split(count)
     with replacing(path) as part:
         Image.fromarray(np.concatenate([tile(row) for row in rows])).save(part)
-    print_seconds(networks, len(images), batch)
+    print_seconds(networks, len(images))
     print(f"{len(rows) * count} pictures in {time.perf_counter() - run.started:.1f} s: {path}")
 
 
@@ -858,17 +845,17 @@ def evaluate_main(config):
     features = inception_features(run) if config.fid else None
     judge = CLIP(config.clip).to(run.device) if config.clip else None
     sampler, networks = open_sampler(run, captions)
-    number, batch = equal_batches(len(captions), run)
-    drawn = pictures(sampler, seed_for(config.seed), number, number, batch)
+    batches = whole_batches(0, len(captions), config.batch, run.device)
+    drawn = pictures(sampler, seed_for(config.seed), torch.cat(batches), torch.cat(batches), config.batch)
     scores, rows = [], []
-    for images in tqdm(drawn, total=len(number) // batch, disable=None):
+    for number, images in zip(batches, tqdm(drawn, total=len(batches), disable=None)):
         if features:                                        # samples and real images of COCO are compared at 256 x 256
             small = F.interpolate(images, (256, 256), mode="bicubic", antialias=True).clamp(-1, 1)
             rows.append(features(small).cpu())
         if judge:
-            texts = judge.embed_texts([captions[i] for i in number[len(scores):len(scores) + batch].tolist()])
+            texts = judge.embed_texts([captions[i % len(captions)] for i in number.tolist()])
             scores += (judge.embed_images(images) * texts).sum(1).tolist()
-    seconds = print_seconds(networks, len(number) // batch, batch)
+    seconds = print_seconds(networks, len(batches))
     result = {"captions": len(captions), "size": [*images.shape[2:]], "seconds per batch": sum(seconds.values())}
     if features:
         real = real_features(features, config.real, run.device)
@@ -880,23 +867,13 @@ def evaluate_main(config):
     save_json(Path(config.out or "evaluation.json"), result)
 
 
-def equal_batches(count, run):
-    """0 ... count - 1 for batches of one size, --batch or less: for another size, networks would be compiled again.
-
-    Returns the numbers, where the last batch begins again at 0 if it is not full, and the size of a batch.
-    """
-    batches = math.ceil(count / run.config.batch)
-    size = math.ceil(count / batches)
-    return torch.arange(batches * size, device=run.device) % count, size
-
-
-def print_seconds(networks, batches, size):
+def print_seconds(networks, batches):
     """Where the time goes, by networks: name -> Fast.  Returns name -> median seconds a batch, without the first."""
     medians = {}
     for name, network in networks.items():
         first, *others = np.reshape(network.seconds, (batches, -1)).sum(1).tolist()     # a row of calls for each batch
         medians[name] = float(np.median(others or [first]))
-        print(f"{name:>18}: {medians[name]:.4f} s a batch of {size}; the first, with all warming up, {first:.2f} s")
+        print(f"{name:>18}: {medians[name]:.4f} s a batch; the first, which warms up, {first:.2f} s")
     return medians
 
 
@@ -966,20 +943,15 @@ class Fast:
 
     def __call__(self, *inputs):
         clock = time.perf_counter()
-        output = self.run(*inputs)
-        finite = output.isfinite().all().item()             # waits for the GPU
-        if not finite and self.dtype != torch.float32:
+        rounded = [x.to(self.dtype) if x.dim() > 2 else x for x in inputs]     # neither tokens (B, L) nor times (B,)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            output = self.function(*rounded).to(torch.float32, copy=True)      # a CUDA graph overwrites its output
+        if not output.isfinite().all() and self.dtype != torch.float32:        # waits for the GPU
             self.dtype = torch.float32
             self.module.float()
-            output = self.run(*inputs)
+            return self(*inputs)
         self.seconds.append(time.perf_counter() - clock)
         return output
-
-    def run(self, *inputs):
-        """Neither tokens (B, L) nor times (B,) are rounded.  A copy: a CUDA graph overwrites its output."""
-        inputs = [x.to(self.dtype) if x.dim() > 2 else x for x in inputs]
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return self.function(*inputs).to(torch.float32, copy=True)
 
 
 def read_texts(path):
@@ -1040,17 +1012,16 @@ class CLIPTokenizer:
     vocab_json, merges_txt: two files of a public checkpoint.  .truncated: how many prompts were cut, as too long.
     """
     SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's; \s has more
-    # Python's re knows no Unicode categories, so words are found in a copy of the text, a letter for each character: L
-    # for letters, N for numbers, o for all but spaces and apostrophes.  A word: letters, or one number, or other things
-    WORD = re.compile("L+|N|['o]+")
     SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
-    CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
+    # Python's re knows no Unicode categories, so each character stands after a mark, L for a letter, N for a number, _
+    # for a space, o for all else.  A word: the end of he's, they're, ...; or letters; or one number; or other things
+    WORD = re.compile("o'(?:Ls|Lt|LrLe|LvLe|Lm|LlLl|Ld)|(?:L.)+|N.|(?:o.)+", re.DOTALL)
 
     def __init__(self, vocab_json, merges_txt, length=77):
         self.files = vocab_json, merges_txt
         self.length = length
         self.truncated = 0
-        self.known = {}                                     # words that were met before
+        self.merge = cache(self.merge)            # few words are new
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
             merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -1076,20 +1047,13 @@ class CLIPTokenizer:
                 continue
             text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
             for word in self.words("".join(c.lower() for c in text)):        # character by character: no final sigma
-                if word not in self.known:
-                    self.known[word] = self.merge(word)
-                numbers += self.known[word]
+                numbers += self.merge(word)
         return numbers
 
     def words(self, text):
         """Text in lower case -> the pieces that are encoded each on its own."""
-        kinds = "".join(c if c in " '" else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "o") for c in text)
-        position = 0
-        while position < len(text):
-            match = self.CONTRACTION.match(text, position) or self.WORD.match(kinds, position)
-            if match:
-                yield text[position:match.end()]
-            position = match.end() if match else position + 1                # no match: a space
+        marks = ("_" if c == " " else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "o") for c in text)
+        return [word[1::2] for word in self.WORD.findall("".join(map("".join, zip(marks, text))))]
 
     def merge(self, word):
         """Merge the adjacent pair of lowest rank, everywhere, until none is known.  Returns token numbers."""
@@ -1491,9 +1455,9 @@ class CLIPVision(nn.Module):
     def forward(self, images):
         images = torchvision.transforms.functional.center_crop(images, min(images.shape[2:]))
         images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-        mean, std = images.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         patches, places = self.embeddings.values()
-        x = patches((images - mean[:, None, None]) / std[:, None, None]).flatten(2).transpose(1, 2)
+        x = patches(torchvision.transforms.functional.normalize(images, mean, std)).flatten(2).transpose(1, 2)
         x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
         return self.post_layernorm(self.encoder["layers"](self.pre_layrnorm(x + places.weight))[:, 0])
 
@@ -1551,23 +1515,19 @@ def load_safetensors(path):
     try:
         with open(path, "rb") as file:                      # a private copy: who writes into a tensor leaves the file
             data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-        n = struct.unpack("<Q", bytes(data[:8].tolist()))[0]
-        require(n <= len(data) - 8, f"its header of {n} bytes is longer than the file")
-        header = json.loads(data[8:8 + n].numpy().tobytes())
+        start = 8 + int.from_bytes(data[:8].tolist(), "little")
+        header = json.loads(data[8:start].numpy().tobytes())
         header.pop("__metadata__", None)
-        data = data[8 + n:]
-        end = 0
+        end = start
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, stop = entry["data_offsets"]
-            dtype = DTYPES[entry["dtype"]]
+            begin, stop = (start + offset for offset in entry["data_offsets"])
             require(begin == end <= stop, f"{name} does not begin where the tensor before it ends")
-            fills = math.prod(entry["shape"]) * dtype.itemsize == stop - begin and len(entry["shape"]) <= 64
-            require(fills, f"{name} is of another size")
+            dtype = DTYPES[entry["dtype"]]
             view = data[begin:stop]
             view = view.clone() if view.storage_offset() % dtype.itemsize else view          # at an odd byte
-            header[name] = view.view(dtype).reshape(entry["shape"])
+            header[name] = view.view(dtype).reshape([*entry["shape"]])
             end = stop
-        require(end == len(data), f"its tensors have {end} bytes, the file has {len(data)} for them")
+        require(end == len(data), f"its tensors end at byte {end} of {len(data)}")
         return header
     except Exception as error:                              # hostile files fail in any way
         raise UserError(f"{path} is no readable safetensors file: {one_line(error)}") from None
@@ -1585,7 +1545,7 @@ def save_safetensors(path, tensors):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as part, open(part, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -1671,14 +1631,13 @@ def fetch(source, name):
 
 def fetch_weights(source, name):
     """The weights as safetensors or, if there are none, as older repositories have them: .bin of torch.save."""
+    older = re.sub(r"\bmodel\.safetensors$", "pytorch_model.bin", name).replace(".safetensors", ".bin")
     try:
         return fetch(source, name)
-    except UserError as error:
-        older = re.sub(r"(^|/)model\.safetensors$", r"\1pytorch_model.bin", name).replace(".safetensors", ".bin")
-        try:
+    except UserError:
+        with contextlib.suppress(UserError):
             return fetch(source, older)
-        except UserError:
-            raise error from None
+        raise
 
 
 def download(url, path):
@@ -1738,11 +1697,10 @@ def prepare(pipe, device, sides):
         place(module, device).eval().requires_grad_(False)
     factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
     trained = pipe.configs["unet"].get("sample_size") or 64
-    require(all(sides) or isinstance(trained, int) and 0 < trained <= 1024,
-            f"the model says sample_size = {trained!r}, which is no side: give --size")
     sides = [side or trained * factor for side in sides]
-    good = len(sides) == 2 and all(side % factor == 0 for side in sides)
-    require(good, f"--size {' '.join(map(str, sides))} wants one or two numbers that are divisible by {factor}")
+    good = len(sides) == 2 and all(side in range(factor, 8193, factor) for side in sides)
+    require(good, one_line(f"--size {' '.join(map(str, sides))} (0: the model's sample_size) wants one or two numbers "
+                           f"up to 8192 that are divisible by {factor}"))
     pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
 
 

@@ -583,7 +583,6 @@ HOSTILE = {
     "shape of text": safetensors_bytes({"a": entry(0, 4, shape=["4"])}, b"1234"),
     "shape of fractions": safetensors_bytes({"a": entry(0, 4, shape=[4.0])}, b"1234"),
     "shape is a number": safetensors_bytes({"a": entry(0, 4, shape=4)}, b"1234"),
-    "a thousand dimensions": safetensors_bytes({"a": entry(0, 4, shape=[4] + [1] * 1000)}, b"1234"),
     "offsets out of range": safetensors_bytes({"a": entry(0, 4), "b": entry(4, 12)}, b"12345678"),
     "offsets out of order": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}, b"1234"),
     "negative offsets": safetensors_bytes({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}, b"1234"),
@@ -609,9 +608,8 @@ def test_hostile_safetensors_are_one_line(tmp_path, name):
     with pytest.raises(UserError) as error:
         chapter.load_safetensors(path)
     assert len(one_line(error)) < 400 and "x.safetensors" in one_line(error)
-    if name != "a thousand dimensions":                    # which torch refuses
-        with pytest.raises(Exception):                     # the package refuses all others as well
-            safetensors.torch.load_file(path)
+    with pytest.raises(Exception):                         # the package refuses them as well
+        safetensors.torch.load_file(path)
 
 
 def test_missing_safetensors_and_folders_are_one_line(tmp_path):
@@ -998,14 +996,6 @@ def test_no_batch_compiles_anew(layout, tmp_path, monkeypatch, command):
     torch._dynamo.reset()
 
 
-def test_batches_have_one_size_and_hold_every_number_once():
-    for count, most in itertools.product(range(1, 30), (1, 2, 4, 7, 32)):
-        run = SimpleNamespace(config=SimpleNamespace(batch=most), device="cpu")
-        number, size = chapter.equal_batches(count, run)
-        assert size <= most and len(number) % size == 0 and number[:count].tolist() == list(range(count))
-        assert len(number) - count < len(number) / size and number[count:].tolist() == list(range(len(number) - count))
-
-
 class Buffer(nn.Module):
     """Writes every output into the same memory, as a CUDA graph does."""
 
@@ -1060,10 +1050,10 @@ def test_only_cuda_is_fast():
 def test_seconds_are_of_a_batch_without_the_first(capsys):
     calls = {"text": [9, 1, 2, 3], "U-Net": [8, 1, 1, 2, 2, 3, 3, 4], "decode": [5, 1, 1, 1]}      # two steps a batch
     networks = {name: SimpleNamespace(seconds=seconds) for name, seconds in calls.items()}
-    assert chapter.print_seconds(networks, 4, 16) == {"text": 2, "U-Net": 5, "decode": 1}
+    assert chapter.print_seconds(networks, 4) == {"text": 2, "U-Net": 5, "decode": 1}
     out = capsys.readouterr().out
-    assert "9.00" in out and "of 16" in out and len(out.splitlines()) == 3
-    assert chapter.print_seconds({"text": SimpleNamespace(seconds=[4])}, 1, 1) == {"text": 4}     # there is no other
+    assert "9.00" in out and "2.0000 s" in out and len(out.splitlines()) == 3
+    assert chapter.print_seconds({"text": SimpleNamespace(seconds=[4])}, 1) == {"text": 4}     # there is no other
 
 
 # ---- LoRA and weight differences -------------------------------------------------------------------------------------
