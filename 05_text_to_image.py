@@ -133,49 +133,44 @@ def velocity_from_eps(eps):
 
     Dividing x_s by a + b gives x_t with t = a / (a + b), so Euler's steps are DDIM's.  The model knows no less signal
     than x_999 has, t = 0.064: below, x_t counts as x_999.
-    eps: (x (B, *D), s (B,), *more) -> noise (B, *D).  Returns a velocity (x (B, *D), t (B,), *more) -> (B, *D).
+    eps: (x (B, *D), s (B,)) -> noise (B, *D).  Returns a velocity (x (B, *D), t (B,)) -> (B, *D).
     """
     schedule = Schedule()
     known = (schedule.a / (schedule.a + schedule.b)).flip(0)           # t of s = 999 ... 0, increasing
 
-    def velocity(x, t, *more, **named):
+    def velocity(x, t):
         t = t.cpu().double()
         known_t = t.clamp(known[0], known[-1])
         s = np.interp(torch.logit(known_t), torch.logit(known), np.arange(len(known))[::-1])
         t = per_sample(t.to(x), x)
         known_t = per_sample(known_t.to(x), x)
         xs = x / (t ** 2 + (1 - t) ** 2).sqrt()
-        noise = eps(xs, torch.as_tensor(s).to(x), *more, **named)
+        noise = eps(xs, torch.as_tensor(s).to(x))
         return ((known_t ** 2 + (1 - known_t) ** 2).sqrt() * xs - noise) / known_t
     return velocity
 
 
 @torch.no_grad()
-def dpm_solver(eps, x, steps, final="zero"):
+def dpm_solver(eps, x, steps):
     """DPM-Solver++(2M) [Lu+22 algorithm 2] from noise x (B, *D): the teacher's flow in `steps` evaluations.
 
     With lambda = ln(a / b) the flow is linear in x1_hat, which is extrapolated from two steps (the first and the last
-    have one).  eps: (x, s (B,)) -> noise.  final: the last step goes to no noise ("zero") or to that of s = 0
-    ("sigma_min", where it takes a second-order step from 15 steps on).  Returns x1 (B, *D).
+    have one; the last goes to no noise at all).  eps: (x, s (B,)) -> noise.  Returns x1 (B, *D).
     """
     schedule = Schedule()
     times = np.linspace(0, 999, steps + 1).round().astype(int)         # 0 ... 999; the solver goes down, not to 0
     times = times[1:].tolist()[::-1]
-    a = [*schedule.a[times].tolist(), 1.0 if final == "zero" else schedule.a[0].item()]
-    b = [*schedule.b[times].tolist(), 0.0 if final == "zero" else schedule.b[0].item()]
-    before = width = None                                              # x1_hat, and the step in lambda, before this one
+    a = schedule.a[times].tolist()
+    b = schedule.b[times].tolist()
     for i, s in enumerate(times):
         x1_hat = (x - b[i] * eps(x, x.new_full(x.shape[:1], s))) / a[i]
-        if b[i + 1] == 0:
+        if i == steps - 1:
             return x1_hat
-        h = math.log(a[i + 1] / b[i + 1] * b[i] / a[i])
-        guess = x1_hat
-        if i > 0 and (i < steps - 1 or steps >= 15):
-            guess = x1_hat + h / (2 * width) * (x1_hat - before)
+        h = math.log(a[i + 1] / b[i + 1] * b[i] / a[i])                # the step in lambda
+        guess = x1_hat if i == 0 else x1_hat + h / (2 * width) * (x1_hat - before)
         x = b[i + 1] / b[i] * x - a[i + 1] * math.expm1(-h) * guess
         before = x1_hat
         width = h
-    return x
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
@@ -251,12 +246,13 @@ class Config:
             distill_steps=(3000, 500), distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500,
             ema_decay=0.999, lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=5000, log_every=500,
             compile=True),
+        # log_every: what a stop under torchrun may lose; the checkpoint of every log line has 14 GB
         "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; rate of reflow
             image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, sample_batch=20,
             batch=1024, accumulate=16, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
             distill_solver_steps=25, distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6,
             lpips_lr=1e-6, lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
-            lpips_weights="pretrained", eval_size=5000, log_every=500, compile=True),
+            lpips_weights="pretrained", eval_size=5000, log_every=100, compile=True),
     }
 
 
@@ -351,10 +347,10 @@ def students(run, prompts, distance, seed):
 
 def distill_phases(config, distance, more):
     """First |.|^2 of latents, for `more` steps than --distill-steps says, then LPIPS of pictures."""
-    rates = [config.student_lr, config.lpips_lr]
-    losses = [partial(one_step_loss, distance=latent_distance), partial(one_step_loss, distance=distance)]
-    steps = [config.distill_steps[0] + more, config.distill_steps[1]]
-    return list(zip(losses, steps, config.distill_batch, rates))
+    squares = partial(one_step_loss, distance=latent_distance)
+    lpips = partial(one_step_loss, distance=distance)
+    return [(squares, config.distill_steps[0] + more, config.distill_batch[0], config.student_lr),
+            (lpips, config.distill_steps[1], config.distill_batch[1], config.lpips_lr)]
 
 
 # Differs from 04_distill.py: in phases
@@ -570,18 +566,18 @@ def write_pairs(run, name, sampler, seed, count):
     """The coupling (x0, x1 = sampler(x0 | T)) of numbers 0 ... count - 1, as files of x1: the rest follows."""
     run.claim()
     shard = min(run.config.shard, count)
-    with on_device(sampler, run):
-        for i in tqdm(range(run.rank, math.ceil(count / shard), run.world), f"pairs by {name}", disable=None):
-            path = run.folder / "pairs" / name / f"{i:05d}.pt"
-            if path.exists():                               # a run that was killed loses the file in hand, no more
-                continue
-            batches = whole_batches(i * shard, shard, run.config.sample_batch, run.device)
-            x1 = torch.cat([latents(sampler, seed, number, number) for number in batches])
-            x1 = x1[:min(shard, count - i * shard)]
-            require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
-            save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
-            if STOP:
-                raise KeyboardInterrupt
+    compile_network(place(sampler.unet, run.device), run.config)
+    for i in tqdm(range(run.rank, math.ceil(count / shard), run.world), f"pairs by {name}", disable=None):
+        path = run.folder / "pairs" / name / f"{i:05d}.pt"
+        if path.exists():                                   # a run that was killed loses the file in hand, no more
+            continue
+        batches = whole_batches(i * shard, shard, run.config.sample_batch, run.device)
+        x1 = torch.cat([latents(sampler, seed, number, number) for number in batches])[:min(shard, count - i * shard)]
+        require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
+        save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
+        if STOP:
+            raise KeyboardInterrupt
+    sampler.unet.cpu()                                      # leaves the device to training
     run.wait()
 
 
@@ -704,14 +700,6 @@ class Sampler:
             return self.unet(x, timestep, text).float()
 
 
-@contextlib.contextmanager
-def on_device(sampler, run):
-    """For the time of sampling the network is on the device, compiled; afterwards in host memory."""
-    compile_network(place(sampler.unet, run.device), run.config)
-    yield
-    sampler.unet.cpu()
-
-
 def whole_batches(first, count, batch, device):
     """Numbers from `first` on, for `count` pictures or a few more, in batches of one size: networks compile for one."""
     batch = min(batch, count)
@@ -743,10 +731,11 @@ def generate(sampler, run):
     """config.eval_size pictures from the same noises for every sampler: (B, 3, H, W), a batch at a time."""
     seed = seed_for(run.config.seed, 999)                   # the pairs use other seeds, so these noises are new
     left = run.config.eval_size
-    with on_device(sampler, run):
-        for number in whole_batches(0, left, run.config.sample_batch, run.device):
-            yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, number, number))[:left]
-            left -= len(number)
+    compile_network(place(sampler.unet, run.device), run.config)
+    for number in whole_batches(0, left, run.config.sample_batch, run.device):
+        yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, number, number))[:left]
+        left -= len(number)
+    sampler.unet.cpu()
 
 
 def captions_of(images, tolerance=0.15):
@@ -1021,7 +1010,7 @@ class CLIPTokenizer:
         self.files = vocab_json, merges_txt
         self.length = length
         self.truncated = 0
-        self.merge = cache(self.merge)            # few words are new
+        self.merge = cache(self.merge)                      # few words are new
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
             merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -1102,9 +1091,6 @@ def from_config(network, config):
     try:
         for key, value in FIXED.items():
             require(config.get(key, value) == value, f"{key} = {config.get(key)!r}")
-        for name, value in sizes.items():                   # with 10^12 layers, building would not come to an end
-            possible = not isinstance(value, (int, float)) or 0 < value <= (100 if name == "layers" else 2 ** 20)
-            require(possible and value is not True, f"{name} = {value} is out of any range")
         if "attention" in sizes:
             kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
             sizes["attention"] = [kinds[kind] for kind in sizes["attention"]]
@@ -1403,7 +1389,6 @@ class VAE(nn.Module):
         require(0 < scale < math.inf, f"scale {scale}")
         self.scale = scale
         self.checkpointing = False
-        first = channels[0]
         top = channels[-1]
         last = len(channels) - 1
         resnet = partial(ResBlock, groups=groups, eps=1e-6)
@@ -1417,11 +1402,11 @@ class VAE(nn.Module):
             up.append(Stage([channels[min(i + 1, last)]] + [c] * layers, c, resnet, resize=resize))
         middles = [Stage([top, top], top, resnet, [PixelAttention(top, groups)]) for _ in range(2)]
         self.encoder = Coder(OrderedDict(
-            conv_in=conv(3, first), down_blocks=nn.Sequential(*down), mid_block=middles[0],
+            conv_in=conv(3, channels[0]), down_blocks=nn.Sequential(*down), mid_block=middles[0],
             conv_norm_out=nn.GroupNorm(groups, top, 1e-6), act=nn.SiLU(), conv_out=conv(top, 2 * latent)))
         self.decoder = Coder(OrderedDict(
             conv_in=conv(latent, top), mid_block=middles[1], up_blocks=nn.Sequential(*up),
-            conv_norm_out=nn.GroupNorm(groups, first, 1e-6), act=nn.SiLU(), conv_out=conv(first, 3)))
+            conv_norm_out=nn.GroupNorm(groups, channels[0], 1e-6), act=nn.SiLU(), conv_out=conv(channels[0], 3)))
         self.quant_conv = conv(2 * latent, 2 * latent, 1)
         self.post_quant_conv = conv(latent, latent, 1)
 
@@ -1582,7 +1567,7 @@ def read_state(module, path):
 
 
 def merge_lora(modules, path, scale=1.0):
-    """Add a LoRA [Hu+21] to the weights: W += scale * alpha / rank * up down.  Returns how many weights changed.
+    """Add a LoRA [Hu+21] to the weights: W += scale * alpha / rank * up down.
 
     modules: {"unet": UNet, "te": text encoder}.  path: the format of Kohya's trainer and CivitAI, that is
     lora_unet_down_blocks_0_..._to_q.lora_up.weight with .lora_down.weight and perhaps .alpha.
@@ -1590,29 +1575,25 @@ def merge_lora(modules, path, scale=1.0):
     layers = {f"lora_{prefix}_{name.replace('.', '_')}": layer.weight for prefix, module in modules.items()
               for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     tensors = load_safetensors(path)
-    deltas = {}
+    require(tensors, f"{path} holds no LoRA")
     for name in sorted({key.split(".")[0] for key in tensors}):
         try:
             up, down = (tensors.pop(f"{name}.lora_{side}.weight").float().flatten(1) for side in ("up", "down"))
             alpha = float(tensors.pop(f"{name}.alpha", len(down)))
-            deltas[name] = scale * alpha / len(down) * up @ down             # (out, rank) (rank, in [kh kw])
-            require(deltas[name].shape == layers[name].flatten(1).shape, "of another shape")
+            delta = scale * alpha / len(down) * up @ down                    # (out, rank) (rank, in [kh kw])
+            require(delta.shape == layers[name].flatten(1).shape, "of another shape")
+            layers[name].data += delta.reshape(layers[name].shape)
         except (UserError, ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not fit these networks: {one_line(name)}: {one_line(error)}") from None
-    require(deltas and not tensors, f"{path} is no LoRA in Kohya's naming: {one_line(sorted(tensors)[:3])}")
-    with torch.no_grad():
-        for name, delta in deltas.items():
-            layers[name] += delta.reshape(layers[name].shape).to(layers[name])
-    return len(deltas)
+    require(not tensors, f"{path} is no LoRA in Kohya's naming: {one_line(sorted(tensors)[:3])}")
 
 
 def merge_delta(unet, base, target, scale=1.0):
     """Carry a fine-tune over: W += scale * (W_target - W_base), the files of the fine-tune and of what it began as."""
     base = read_state(unet, base)
     target = read_state(unet, target)
-    with torch.no_grad():
-        for name, weight in unet.state_dict().items():      # its tensors are the weights themselves
-            weight += scale * (target[name] - base[name])
+    for name, weight in unet.state_dict().items():          # its tensors are the weights themselves
+        weight += scale * (target[name] - base[name])
 
 
 def fetch(source, name):
@@ -1685,9 +1666,6 @@ def load_pipeline(source):
         if configs[name].get("_class_name") == "StackedUNet":
             parts[name] = StackedUNet(parts[name])
         parts[name].load_state_dict(read_state(parts[name], fetch_weights(source, WEIGHTS[name])), assign=True)
-    wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
-    given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
-    require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
     return Pipeline(tokenizer, **parts, configs=configs)
 
 
@@ -1727,9 +1705,9 @@ def save_pipeline(run, name, pipe):
             shutil.copy(path, part / "tokenizer")
         index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
                  "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-        off = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-        save_json(part / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index | off)
+                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+                 "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        save_json(part / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index)
 
 
 # region Copied from 01_rectified_flow.py: training loop, plumbing -----------------------------------------------------
@@ -2265,10 +2243,9 @@ def shapes(n, size=32, seed=0):
 # region Copied from 03_improved_training.py: times, LPIPS -------------------------------------------------------------
 
 def u_shaped_times(n, a=4.0, device=None):
-    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0: uniform.
 
-    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  (The e^{au} + e^{-au} printed in the
-    paper is not symmetric; its code is.)
+    By the inverse CDF, with y uniform.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
     """
     y = torch.rand(n, device=device)
     return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
@@ -2287,18 +2264,14 @@ class Perceptual(nn.Module):
         super().__init__()
         self.size = size
         self.factor = factor
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
-            self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
+        self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
 
     def forward(self, a, b):
         with torch.no_grad():
             target = self.features(b)
         heads = [head.model[-1].weight for head in self.lpips.lins] if self.lpips.lpips else [1.0] * len(target)
-        distance = 0.0
-        for fa, fb, head in zip(self.features(a), target, heads):
-            distance = distance + (head * (fa - fb).square()).sum(1).mean((1, 2))
-        return self.factor * distance
+        layers = zip(self.features(a), target, heads)
+        return self.factor * sum((head * (fa - fb).square()).sum(1).mean((1, 2)) for fa, fb, head in layers)
 
     def features(self, x):
         """Of every layer: unit vectors (B, C, H, W), float32."""
@@ -2310,6 +2283,7 @@ class Perceptual(nn.Module):
 def load_lpips(net, weights):
     """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random: then without linear heads."""
     torch.manual_seed(0)                                    # an untrained yardstick, but the same one every time
+    warnings.filterwarnings("ignore", module="torchvision") # lpips calls it by an old name
     try:
         network = lpips.LPIPS(net=net, pnet_rand=weights != "pretrained", lpips=weights != "random", verbose=False)
         if weights not in ("pretrained", "random"):

@@ -194,11 +194,11 @@ def test_times_are_uniform_or_u_shaped():
 # ---- The teacher as a velocity, and its solver -----------------------------------------------------------------------
 
 
-def schedule(final="zero"):
+def schedule():
     """diffusers' own, as Stable Diffusion's teacher is run."""
     from diffusers import DPMSolverMultistepScheduler
     return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                       final_sigmas_type=final, timestep_spacing="linspace")
+                                       timestep_spacing="linspace")
 
 
 def eps_model(x, s):
@@ -214,16 +214,15 @@ def test_the_schedule_has_the_published_values():
     close((s.a ** 2).float(), schedule().alphas_cumprod, atol=2e-6)
 
 
-@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 14, 15, 25, 40])
-def test_the_solver_is_that_of_diffusers(steps, final):
+def test_the_solver_is_that_of_diffusers(steps):
     torch.manual_seed(0)
-    x, scheduler = torch.randn(5, 7, dtype=torch.float64), schedule(final)
+    x, scheduler = torch.randn(5, 7, dtype=torch.float64), schedule()
     scheduler.set_timesteps(steps)
     theirs = x.clone()
     for s in scheduler.timesteps:
         theirs = scheduler.step(eps_model(theirs, s.double().expand(5)), s, theirs).prev_sample
-    ours = chapter.dpm_solver(eps_model, x, steps, final)
+    ours = chapter.dpm_solver(eps_model, x, steps)
     close(ours, theirs, atol=1e-4 * theirs.abs().max().item())
 
 
@@ -242,12 +241,18 @@ def gaussian_eps(x, s, sigma=0.5):
 
 
 def test_the_solver_converges_to_the_exact_flow():
-    """Gaussian data's flow multiplies by the ratio of the standard deviations at both ends, steps or no steps."""
+    """Gaussian data's flow multiplies by the ratio of the standard deviations at both ends, steps or no steps.
+
+    That is to the last noise level; from there the last step goes to E[x1 | x_s] = a sigma^2 x_s / (a^2 sigma^2 + b^2).
+    """
     x = torch.randn(6, 4, dtype=torch.float64)
     table = chapter.Schedule()
-    end, start = (((table.a[s] * 0.5) ** 2 + table.b[s] ** 2).sqrt().item() for s in (0, 999))
-    errors = [(chapter.dpm_solver(gaussian_eps, x, n, "sigma_min") - end / start * x).abs().max().item()
-              for n in (37, 111, 333, 999)]
+    variance = (table.a * 0.5) ** 2 + table.b ** 2
+    errors = []
+    for n in (37, 111, 333, 999):
+        last = 999 // n
+        exact = (variance[last] / variance[999]).sqrt() * table.a[last] * 0.25 / variance[last] * x
+        errors.append((chapter.dpm_solver(gaussian_eps, x, n) - exact).abs().max().item())
     assert errors[-1] < 1e-3 and all(after < 0.7 * before for before, after in zip(errors, errors[1:]))
 
 
@@ -305,12 +310,6 @@ def test_the_velocity_is_finite_where_the_teacher_has_no_noise_level(t):
     assert seen[0][1].tolist() == [999 if t < 0.5 else 0] * 4
     if t == 0:
         assert torch.equal(seen[0][0], x)                  # pure noise, as the teacher's own sampler begins
-
-
-def test_more_arguments_pass_through_the_velocity():
-    got = chapter.velocity_from_eps(lambda x, s, text=None, null=None: x * text.mean() + 0 * null.mean())
-    close(got(torch.ones(1, 2), torch.full((1,), 0.5), text=torch.full((1, 2, 2), 3.0), null=torch.zeros(1, 1, 2)),
-          torch.full((1, 2), (1 - 3 * 2 ** 0.5) / 0.5), atol=1e-5)
 
 
 # ---- Batches: prompts, pairs -----------------------------------------------------------------------------------------
@@ -670,14 +669,13 @@ def test_a_network_meets_two_sizes_of_batches(tmp_path, pipe):
     Nor after the first step of training by LPIPS, in slices and through a decoder that computes again what it forgot.
     """
     torch._dynamo.reset()
-    jit = dict(dynamic=False, backend="aot_eager")
     run = some_run(tmp_path, "--eval-size", "10", "--batch", "4", "--accumulate", "2", "--steps", "3")
     prompts, features = chapter.Prompts(pipe, chapter.shape_captions()), chapter.RandomFeatures()
     student = copy.deepcopy(pipe.unet)
     pipe.vae.requires_grad_(False).checkpointing = True
     perceptual = chapter.Perceptual("squeeze", 32, "random")
-    for network in (pipe.unet, student, pipe.vae.decoder, perceptual):
-        chapter.place(network, run.device).compile(**jit)
+    for network in (pipe.unet, student, pipe.vae.decoder):
+        chapter.place(network, run.device).compile(dynamic=False, backend="aot_eager")
     straight, plain, teacher = (chapter.Sampler(prompts, pipe.unet, *way) for way in
                                 (("euler", 2, 1.5), ("euler", 1), ("dpm", 3, 1.5)))
     for sampler in (straight, plain):
@@ -1111,7 +1109,6 @@ def test_evaluate_writes_its_numbers(finished, judge, run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("part, change", [
     ("vision_config", {"num_attention_heads": None}), ("vision_config", {"patch_size": 0}),
-    ("vision_config", {"num_hidden_layers": 10 ** 12}), ("text_config", {"num_hidden_layers": 10 ** 12}),
     ("text_config", {"hidden_size": -8})])
 def test_a_wrong_clip_is_one_line(judge, tmp_path, part, change):
     shutil.copytree(judge[0], tmp_path / "clip")
