@@ -215,14 +215,17 @@ def load_flow(path, run, channels, classes):
     """A finished network of this or another run.  UserError if this run's settings make another network."""
     flow = Flow(run.config, channels, classes)
     content = load_checkpoint(path)
-    names = ("image_size", "channels", "mult", "blocks", "attention", "conditional")
-    sizes = ", ".join(f"{name}={content['config'].get(name)}" for name in names)
     try:
+        for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
+            theirs = content["config"][name]
+            ours = getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
+                raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
+        if "optimizer" in content:
+            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} holds another network, of {sizes}: {str(error).splitlines()[-1].strip()}") from None
-    if "optimizer" in content:
-        raise UserError(f"{path} is not trained to its end")
+        raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
 
 

@@ -739,10 +739,10 @@ def test_a_bad_teacher_is_one_line_and_leaves_no_run(finished, run, here, how):
 
 
 @pytest.mark.parametrize("args, flag", [
-    (["--channels", 8], "channels=4"), (["--image-size", 16], "image_size=8"), (["--mult", 1, 2], "mult=[1, 1]"),
-    (["--blocks", 2], "blocks=1"), (["--attention", 8], "attention=[4]"), (["--conditional"], "conditional=False"),
+    (["--channels", 8], "--channels 4"), (["--image-size", 16], "--image-size 8"), (["--mult", 1, 2], "--mult"),
+    (["--blocks", 2], "--blocks 1"), (["--attention", 8], "--attention"), (["--conditional"], "--conditional False"),
     (["--data", "grey"], None)], ids=lambda value: " ".join(map(str, value or [])))
-def test_a_teacher_of_another_network_tells_its_settings(finished, run, here, args, flag):
+def test_a_teacher_of_another_network_names_the_flag(finished, run, here, args, flag):
     draw_pictures(here / "grey")
     code, _, err = run(*TINY, "--teacher", finished.folder / "1-rf.pt", "--out", "new", *args)
     if flag is None:                            # other pictures of the same size may well learn from it
