@@ -341,7 +341,7 @@ def students(run, prompts, distance, seed):
         phases = distill_phases(config, distance, sum(config.reflow_steps))
         networks["longer"] = train_student(run, f"longer-{seed}", deepen(start), draw, phases)
     for name, unet in networks.items():
-        save_student(run, f"{name}-{seed}", prompts.pipe, unet)
+        save_pipeline(run, f"{name}-{seed}", prompts.pipe, unet)
     return networks
 
 
@@ -1682,19 +1682,16 @@ def prepare(pipe, device, sides):
     pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
 
 
-def save_student(run, name, pipe, unet):
-    """The teacher's pipeline with another U-Net, which says that it predicts a velocity."""
-    kind = "StackedUNet" if isinstance(unet, StackedUNet) else "UNet2DConditionModel"
-    configs = pipe.configs | {"unet": pipe.configs["unet"] | {"_class_name": kind},
-                              "scheduler": pipe.configs["scheduler"] | {"prediction_type": "velocity"}}
-    save_pipeline(run, name, dataclasses.replace(pipe, unet=unet, configs=configs))
-
-
-def save_pipeline(run, name, pipe):
-    """A folder of the run in the layout of diffusers, whole or not at all."""
+def save_pipeline(run, name, pipe, student=None):
+    """A folder of the run in the layout of diffusers; a student takes the U-Net's place and predicts a velocity."""
     folder = run.folder / name
     if run.rank > 0 or folder.exists():
         return
+    if student:
+        kind = "StackedUNet" if isinstance(student, StackedUNet) else "UNet2DConditionModel"
+        configs = pipe.configs | {"unet": pipe.configs["unet"] | {"_class_name": kind},
+                                  "scheduler": pipe.configs["scheduler"] | {"prediction_type": "velocity"}}
+        pipe = dataclasses.replace(pipe, unet=student, configs=configs)
     with replacing(folder) as part:
         for name, path in WEIGHTS.items():
             save_safetensors(part / path, getattr(pipe, name).state_dict())
