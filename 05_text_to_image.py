@@ -355,18 +355,14 @@ def distill_phases(config, distance, more):
 
 # Differs from 04_distill.py: in phases
 def train_student(run, name, unet, draw, phases):
-    """A student through phases (loss, steps, batch, rate), each from the averaged weights of the one before.
-
-    Returns it in host memory: the device has room for the network in training, not for all that are finished.
-    """
+    """A student through phases (loss, steps, batch, rate), each from the averaged weights of the one before."""
     kind, seed = name.rsplit("-", 1)                        # 2-rf-0 is 2-RF of seed 0
     for k, (loss, steps, batch, lr) in enumerate(phases):
-        accumulate = slices(run.config, batch)
-        drawn = partial(draw, n=batch // (run.world * accumulate))
+        changes = dict(steps=steps, batch=batch, lr=lr, accumulate=slices(run.config, batch))
+        drawn = partial(draw, n=batch // (run.world * changes["accumulate"]))
         learned = partial(pair_loss, draw=drawn, loss=loss)
         stream = seed_for(int(seed), k, *kind.encode())
-        settings = dict(steps=steps, batch=batch, lr=lr, accumulate=accumulate)
-        unet = run.fit(f"{name}.{k + 1}", unet, learned, stream, **settings).cpu()
+        unet = run.fit(f"{name}.{k + 1}", unet, learned, stream, **changes).cpu()      # the device is for training
     return unet
 
 
@@ -437,10 +433,7 @@ def report(run, prompts, networks):
 
 
 def measure(sampler, run, features):
-    """Moments of the features of config.eval_size pictures, the captions read off them, and the first 96 for the grid.
-
-    All 5000 of 512 x 512 pixels would take 16 GB.
-    """
+    """Of config.eval_size pictures: moments of features, captions read off them, and the first 96, for the grid."""
     rows = []
     captions = []
     first = []
@@ -583,12 +576,9 @@ def write_pairs(run, name, sampler, seed, count):
 
 # Differs from 02_reflow.py: latents, of which each process keeps a share
 def load_pairs(run, name, count, shape):
-    """Every world-th of the first `count` pairs: their numbers (N,), and x1 (N, *shape) as float16.
-
-    The paper's 1.6 million take 52 GB, on eight cards 6.6 GB each.
-    """
+    """Every world-th of the first `count` pairs: their numbers (N,), and x1 (N, *shape) as float16."""
     number = torch.arange(run.rank, count, run.world)
-    device = home(run.device, 2 * len(number) * math.prod(shape))
+    device = home(run.device, 2 * len(number) * math.prod(shape))      # the paper's: 52 GB, on eight cards 6.6 GB each
     pairs = torch.empty(len(number), *shape, dtype=torch.float16, device=device)
     for first in range(0, count, run.config.shard):
         path = run.folder / "pairs" / name / f"{first // run.config.shard:05d}.pt"
@@ -609,10 +599,7 @@ def home(device, size):
 
 # Differs from 02_reflow.py: latents as float16, text in place of labels
 def draw_stored(pairs, seed, prompts, n, dropout=0.0):
-    """A stored coupling: one number picks x0, x1 (n, C, h, w) and the text (n, L, C), a share of which is empty.
-
-    pairs: (numbers, x1) of load_pairs, made with this seed.
-    """
+    """A stored coupling: one number picks x0, x1 (n, C, h, w) and the text (n, L, C), a share of which is empty."""
     number, x1 = draw_rows(n, *pairs)
     device = prompts.null.device
     if x1.device != device:                                 # pinned memory: nobody waits for the copy
@@ -816,7 +803,7 @@ def sample_main(config):
     require(writable, f"cannot write {path}: name a picture, such as {path.stem}.png")
     sampler, networks = open_sampler(run, [*config.prompt])
     number = torch.cat(whole_batches(0, len(config.prompt) * count, config.batch, run.device))
-    drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, config.batch)    # rows: same noises
+    drawn = pictures(sampler, seed_for(config.seed), number // count, number % count, config.batch)
     images = [images.cpu() for images in tqdm(drawn, "batches", disable=None, leave=False)]
     rows = torch.cat(images)[:len(config.prompt) * count].split(count)
     with replacing(path) as part:
