@@ -61,10 +61,9 @@ from tqdm import tqdm
 
 
 def u_shaped_times(n, a=4.0, device=None):
-    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0 is uniform.
+    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0: uniform.
 
-    By the inverse CDF, t = 1/2 + asinh((2y - 1) sinh(a/2)) / a with y uniform.  (The e^{au} + e^{-au} printed in the
-    paper is not symmetric; its code is.)
+    By the inverse CDF, with y uniform.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
     """
     y = torch.rand(n, device=device)
     return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
@@ -231,23 +230,24 @@ class Config:
 def main(config):
     """[Lee+24]: a teacher and its pairs; on them students of every configuration; then all are measured."""
     run = Run(config, __file__)
+    if not Path(config.teacher).exists():                   # told before a download; "" is the present folder
+        raise UserError(f"--teacher {config.teacher} is missing")
     recipes = choose_recipes(run)
     features = choose_features(run)
     images, labels, class_names = load_data(run)
-    images = to_device(images, run.device)
-    labels = labels.to(run.device) if config.conditional else None
-    class_names = class_names if config.conditional else []
-    data = images, labels, class_names
-    teacher = find_teacher(data, run)
-    write_pairs(run, "2-rf", Velocity(teacher, config), stream=2)
-    draw = partial(draw_stored, load_pairs(run, "2-rf"), seed_for(config.seed, 2), len(class_names))
-    flows = {"teacher": [teacher]}
+    data = to_device(images, run.device), labels.to(run.device), class_names
+    if not config.conditional:
+        data = data[0], None, []
+    teacher = Velocity(find_teacher(data, run), config)
+    write_pairs(run, "2-rf", teacher, stream=2)
+    draw = partial(draw_stored, load_pairs(run, "2-rf"), seed_for(config.seed, 2), teacher.classes)
+    flows = {"teacher": [teacher.flow]}
     for name, recipe in recipes.items():
         if name == "G":                                     # goes on from F, on other pairs
-            real = invert_pictures(Velocity(teacher, config), data, run)
-            flows[name] = train_students(name, recipe, flows["F"], partial(draw_inverted, *real), run)
+            draw_real = partial(draw_inverted, *invert_pictures(teacher, data, run))
+            flows[name] = train_students(name, recipe, flows["F"], draw_real, run)
         else:
-            flows[name] = train_students(name, recipe, [teacher] * config.seeds, draw, run)
+            flows[name] = train_students(name, recipe, flows["teacher"] * config.seeds, draw, run)
     if run.rank == 0:
         report(flows, draw, features, data, run)
 
@@ -287,11 +287,9 @@ def train_students(name, recipe, starts, draw, run):
     factor = 1 if name == "A" else config.big_batch
     steps = config.real_steps if name == "G" else config.reflow_steps
     loss_fn = partial(pair_loss, draw=partial(draw, run.share * factor), recipe=recipe)
-    students = []
-    for seed, start in enumerate(starts):
-        stream = 100 * (seed + 1) + "ABCDEFG".index(name)   # no two students draw the same numbers
-        students.append(run.fit(f"{name}-{seed}", start, loss_fn, stream, steps=steps, batch=config.batch * factor))
-    return students
+    stream = 100 + "ABCDEFG".index(name)                    # no two students draw the same numbers
+    return [run.fit(f"{name}-{seed}", start, loss_fn, stream + 100 * seed, steps=steps, batch=config.batch * factor)
+            for seed, start in enumerate(starts)]
 
 
 # Differs from 02_reflow.py: several networks of a configuration, pictures edited through their noise
@@ -454,18 +452,14 @@ class Perceptual(nn.Module):
         super().__init__()
         self.size = size
         self.factor = factor
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
-            self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
+        self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
 
     def forward(self, a, b):
         with torch.no_grad():
             target = self.features(b)
         heads = [head.model[-1].weight for head in self.lpips.lins] if self.lpips.lpips else [1.0] * len(target)
-        distance = 0.0
-        for fa, fb, head in zip(self.features(a), target, heads):
-            distance = distance + (head * (fa - fb).square()).sum(1).mean((1, 2))
-        return self.factor * distance
+        layers = zip(self.features(a), target, heads)
+        return self.factor * sum((head * (fa - fb).square()).sum(1).mean((1, 2)) for fa, fb, head in layers)
 
     def features(self, x):
         """Of every layer: unit vectors (B, C, H, W), float32."""
@@ -477,6 +471,7 @@ class Perceptual(nn.Module):
 def load_lpips(net, weights):
     """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random: then without linear heads."""
     torch.manual_seed(0)                                    # an untrained yardstick, but the same one every time
+    warnings.filterwarnings("ignore", module="torchvision") # lpips calls it by an old name
     try:
         network = lpips.LPIPS(net=net, pnet_rand=weights != "pretrained", lpips=weights != "random", verbose=False)
         if weights not in ("pretrained", "random"):
@@ -1001,14 +996,17 @@ def load_flow(path, run, channels, classes):
     """A finished network of this or another run.  UserError if this run's settings make another network."""
     flow = Flow(run.config, channels, classes)
     content = load_checkpoint(path)
-    names = ("image_size", "channels", "mult", "blocks", "attention", "conditional")
-    sizes = ", ".join(f"{name}={content['config'].get(name)}" for name in names)
     try:
+        for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
+            theirs = content["config"][name]
+            ours = getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
+                raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
+        if "optimizer" in content:
+            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} holds another network, of {sizes}: {str(error).splitlines()[-1].strip()}") from None
-    if "optimizer" in content:
-        raise UserError(f"{path} is not trained to its end")
+        raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
 
 

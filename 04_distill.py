@@ -88,7 +88,6 @@ class Lesson:
     teacher: Callable = None                                # a Velocity: it runs without gradient and dropout
     distance: Callable = None                               # of two batches of pictures: (a, b) -> (B,)
     squares: int = 0                                        # rf: for this many first steps, |a - b|^2 in its place
-    averaged: bool = False                                  # consistency: the target by averaged weights
 
 
 def distillation_loss(model, ema, step, lesson, jumps=1):
@@ -125,8 +124,8 @@ def progressive_loss(model, ema, step, lesson, steps):
 def consistency_distillation_loss(model, ema, step, lesson, times):
     """consistency: distance(f(x_t, t), f^-(x_r, r)), x_r the teacher's Heun step from x_t to r [Song+23 eq. 7].
 
-    f^-: f without gradient; r is one grid point closer to the data than t.  times: the grid, falling from 1, the data.
-    f^- has the student's weights, as on CIFAR-10, or, if averaged, their EMA.  At r = 1 it is x_r: that pins the rest.
+    f^-: f without gradient, with the student's own weights, as on CIFAR-10.  times: a grid that falls from 1, the data;
+    r comes right before t.  At r = 1, f^- is x_r: that pins the rest.
     """
     x0, x1, labels = lesson.draw()
     i = torch.randint(len(times) - 1, x0.shape[:1], device=x0.device)
@@ -134,10 +133,7 @@ def consistency_distillation_loss(model, ema, step, lesson, times):
     t = times[i + 1]
     xt = interpolate(x0, x1, t)
     xr = move(partial(lesson.teacher, labels=labels), xt, t, r, heun=True)
-    student = partial(model, labels=labels)
-    target = partial(ema.model, labels=labels) if lesson.averaged else student
-    end, goal = both_ends(student, target, (xt, t), (xr, r))
-    return lesson.distance(end, goal)
+    return lesson.distance(*both_ends(partial(model, labels=labels), (xt, t), (xr, r)))
 
 
 def consistency_training_loss(model, ema, step, lesson, levels):
@@ -151,12 +147,11 @@ def consistency_training_loss(model, ema, step, lesson, levels):
     i = torch.multinomial(chances, len(x0), replacement=True)
     r = times[i]
     t = times[i + 1]
-    student = partial(model, labels=labels)
-    end, goal = both_ends(student, student, (interpolate(x0, x1, t), t), (interpolate(x0, x1, r), r))
-    return weights[i] * pseudo_huber(end, goal)
+    ends = both_ends(partial(model, labels=labels), (interpolate(x0, x1, t), t), (interpolate(x0, x1, r), r))
+    return weights[i] * pseudo_huber(*ends)
 
 
-def both_ends(student, target, noisy, clean):
+def both_ends(student, noisy, clean):
     """f(x_t, t), and without gradient f^-(x_r, r), under one dropout mask [SD24].  noisy: x_t, t;  clean: x_r, r."""
     seed = torch.initial_seed() + 1                         # train() seeds every step; + 1: not the stream of the data
     torch.manual_seed(seed)
@@ -164,7 +159,7 @@ def both_ends(student, target, noisy, clean):
     end = jump(student, *noisy)
     torch.manual_seed(seed)
     with torch.no_grad():
-        return end, jump(target, *clean)
+        return end, jump(student, *clean)
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
@@ -200,7 +195,6 @@ class Config:
     halvings: Annotated[int, 1, 12] = 4                     # progressive: 2^halvings Euler steps become 1
     grid: Annotated[int, 3, 2000] = 18                      # noise levels of consistency distillation
     distance: Literal["squared", "huber", "lpips"] = "huber"    # distance in consistency distillation
-    target: Literal["student", "ema"] = "student"           # consistency's target: by the weights or their average
     levels: Annotated[int, 10, 10 ** 6] = 80                # ict: intervals of its grid, doubled from 10 up to this
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
@@ -252,6 +246,8 @@ def main(config):
     run = Run(config, __file__)
     if config.checkpoint or config.samples or config.export:
         return draw_from_checkpoint(run)
+    for path in filter(None, (config.teacher, config.reflow)):
+        load_checkpoint(path)                               # a missing or broken file is told before a download
     images, labels, names = load_data(run)
     if len(images) < 16:
         raise UserError(f"--data {config.data}: {len(images)} pictures are too few to measure with; give at least 16")
@@ -312,7 +308,7 @@ def halve_steps(lesson, run):
 def follow_teacher(lesson, run):
     """consistency: from 1-RF's weights, along 1-RF's ODE."""
     distance = {"squared": squared, "huber": pseudo_huber, "lpips": lesson.distance}[run.config.distance]
-    on_grid = Lesson(lesson.draw, lesson.teacher, distance, averaged=run.config.target == "ema")
+    on_grid = Lesson(lesson.draw, lesson.teacher, distance)
     times = karras_times(run.config.grid).float().to(run.device)
     loss = partial(consistency_distillation_loss, lesson=on_grid, times=times)
     student = train_student("consistency", lesson.teacher.flow, loss, 6, run)
@@ -471,25 +467,24 @@ def consistency_sample(velocity, noises, times):
     return x1
 
 
-# Differs from 02_reflow.py: consistency and ict jump, the second time from new noise
+# Differs from 02_reflow.py: pictures alone; consistency and ict jump, the second time from new noise
 def generate(velocity, run, steps, method="euler"):
     """config.eval_size samples (N, C, H, W) in [-1, 1] on the CPU, from the same noises for every network."""
     images = []
     for first in range(0, run.config.eval_size, run.config.shard):
         index = torch.arange(first, first + run.config.shard, device=run.device)       # whole shards: one compilation
         noises = [pair_noise(seed_for(run.config.seed, stream), index, velocity.shape) for stream in (999, 998)]
-        if method == "jumps":
-            flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
-            images.append(consistency_sample(flow, noises[:steps], JUMP_TIMES[:steps]).cpu())
-        else:
-            images.append(sample(velocity, noises[0], index, steps, method).cpu())
+        start = noises[:steps] if method == "jumps" else noises[0]
+        images.append(sample(velocity, start, index, steps, method).cpu())
     return torch.cat(images)[:run.config.eval_size].clamp(-1, 1)
 
 
-# Differs from 02_reflow.py: no rk45
+# Differs from 02_reflow.py: jumps, no rk45
 def sample(velocity, z0, index, steps, method="euler"):
-    """Where the flow carries z0 (B, C, H, W) of the pairs of these numbers: pair i has label i modulo the classes."""
+    """Where the flow carries z0 (B, C, H, W; for jumps one of each) of these pairs: pair i has label i % classes."""
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
+    if method == "jumps":
+        return consistency_sample(flow, z0, JUMP_TIMES[:steps])
     return integrate(flow, z0, steps, method)[-1]
 
 
@@ -501,8 +496,6 @@ def manifold_metrics(real, fake, k=5):
     balls that hold a fake.  Only numbers at equal N and M compare; at M = N, fakes as good as data give density 1 and
     coverage 1 - 2^-k, and of precision and recall what the row of real data shows.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"{k} neighbours need more than {k} points, got {len(real)} and {len(fake)}")
     real, fake = [x[:10000].double() for x in (real, fake)]                 # as many as in [Nae+20]: bounds the memory
     distance = torch.cdist(real, fake)                                      # (N, M)
     in_real = distance < torch.cdist(real, real).kthvalue(k + 1).values[:, None]    # k + 1: the nearest is itself
@@ -542,9 +535,9 @@ def draw_from_checkpoint(run):
         raise UserError("give --checkpoint FILE with --samples N --out FOLDER, or with --export FILE")
     if Path(config.export or config.out).exists():
         raise UserError(f"{config.export or config.out} exists already; choose another name")
-    flow, stage = open_network(config.checkpoint, run.device)
+    flow, stage = open_network(config.checkpoint, run)
     if config.samples:
-        run.config = dataclasses.replace(config, eval_size=config.samples)
+        run.config.eval_size = config.samples
         pictures = generate(Velocity(flow, config), run, 1, "jumps" if stage in JUMPERS else "euler")
         save = partial(torchvision.utils.save_image, normalize=True, value_range=(-1, 1))
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -553,22 +546,18 @@ def draw_from_checkpoint(run):
             save(picture, run.folder / f"{i:05d}.png")
         print(f"{len(pictures)} pictures, one evaluation each, and samples.png are in {run.folder}/")
     if config.export:
-        export_generator(Generator(flow, stage).cpu(), Path(config.export))
+        export_generator(Generator(flow, stage).to("cpu", memory_format=torch.contiguous_format), Path(config.export))
 
 
-def open_network(path, device):
-    """A finished network of chapters 2 to 4 from its file alone, and its stage's name.  Others: UserError."""
+def open_network(path, run):
+    """A finished network of chapters 2 to 4, of the sizes that its file tells, and the name of its stage."""
     content = load_checkpoint(path)
-    try:
-        sizes = {name: content["config"][name] for name in ("image_size", "channels", "mult", "blocks", "attention")}
-        label_weight = content["model"].get("model.map_label.weight", torch.empty(0, 0))
-        flow = Flow(Config(**sizes), 3, label_weight.shape[1])
-        flow.load_state_dict(content["model"])
-        if "optimizer" in content:
-            raise UserError(f"{path} is not trained to its end")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no network of chapters 2 to 4 ({type(error).__name__})") from None
-    return flow.to(device).eval().requires_grad_(False), content["config"].get("stage")
+    names = ("image_size", "channels", "mult", "blocks", "attention", "conditional")
+    if not {"model", *names} <= {*content, *content["config"]}:
+        raise UserError(f"{path} is no network of chapters 2 to 4")
+    run.config = dataclasses.replace(run.config, **{name: content["config"][name] for name in names})
+    label_weight = content["model"].get("model.map_label.weight", torch.empty(0, 0))
+    return load_flow(path, run, 3, label_weight.shape[1]), content["config"].get("stage")
 
 
 class Generator(nn.Module):
@@ -1051,14 +1040,17 @@ def load_flow(path, run, channels, classes):
     """A finished network of this or another run.  UserError if this run's settings make another network."""
     flow = Flow(run.config, channels, classes)
     content = load_checkpoint(path)
-    names = ("image_size", "channels", "mult", "blocks", "attention", "conditional")
-    sizes = ", ".join(f"{name}={content['config'].get(name)}" for name in names)
     try:
+        for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
+            theirs = content["config"][name]
+            ours = getattr(run.config, name)
+            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
+                raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
+        if "optimizer" in content:
+            raise UserError(f"{path} is not trained to its end")
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} holds another network, of {sizes}: {str(error).splitlines()[-1].strip()}") from None
-    if "optimizer" in content:
-        raise UserError(f"{path} is not trained to its end")
+        raise UserError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
     return place(flow, run.device).eval().requires_grad_(False)
 
 
@@ -1469,18 +1461,14 @@ class Perceptual(nn.Module):
         super().__init__()
         self.size = size
         self.factor = factor
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # lpips calls torchvision by an old name
-            self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
+        self.lpips = load_lpips(net, weights).eval().requires_grad_(False)
 
     def forward(self, a, b):
         with torch.no_grad():
             target = self.features(b)
         heads = [head.model[-1].weight for head in self.lpips.lins] if self.lpips.lpips else [1.0] * len(target)
-        distance = 0.0
-        for fa, fb, head in zip(self.features(a), target, heads):
-            distance = distance + (head * (fa - fb).square()).sum(1).mean((1, 2))
-        return self.factor * distance
+        layers = zip(self.features(a), target, heads)
+        return self.factor * sum((head * (fa - fb).square()).sum(1).mean((1, 2)) for fa, fb, head in layers)
 
     def features(self, x):
         """Of every layer: unit vectors (B, C, H, W), float32."""
@@ -1492,6 +1480,7 @@ class Perceptual(nn.Module):
 def load_lpips(net, weights):
     """LPIPS with a backbone that is pretrained (downloaded), read from a file, or random: then without linear heads."""
     torch.manual_seed(0)                                    # an untrained yardstick, but the same one every time
+    warnings.filterwarnings("ignore", module="torchvision") # lpips calls it by an old name
     try:
         network = lpips.LPIPS(net=net, pnet_rand=weights != "pretrained", lpips=weights != "random", verbose=False)
         if weights not in ("pretrained", "random"):

@@ -1385,6 +1385,7 @@ BAD = {
     "broken backbone": (["--lpips-weights", "hostile.pkl"], ["--lpips-weights hostile.pkl"]),
     "no teacher": (["--teacher", "missing.pt"], ["missing.pt"]),
     "no teacher of NVIDIA's": (["--teacher", "missing.pkl"], ["--teacher missing.pkl"]),
+    "neither teacher nor data": (["--teacher", "missing.pt", "--data", "cifar10", "--data-dir", "here"], ["missing.pt"]),
     "a hostile teacher": (["--teacher", "hostile.pkl"], ["--teacher hostile.pkl"]),
     "a hostile checkpoint": (["--teacher", "inner.pt"], ["inner.pt"]),
     "no such folder": (["--data", "nowhere"], ["nowhere"]),
