@@ -85,12 +85,12 @@ def guided(velocity, scale):
     return flow
 
 
-def reflow_loss(velocity, x0, x1, text, a=0.0):
-    """E_t |x1 - x0 - v(x_t, t | T)|^2 on the teacher's pairs [Liu+24].  x0, x1: (B, C, h, w) -> (B,).
+def reflow_loss(velocity, x0, x1, text):
+    """E |x1 - x0 - v(x_t, t | T)|^2, t ~ U[0, 1], on the teacher's pairs [Liu+24].  x0, x1: (B, C, h, w) -> (B,).
 
-    Guidance is in x1 already: the student needs one evaluation a step in place of two.  a = 0: uniform t, as there.
+    Guidance is in x1 already: the student needs one evaluation a step in place of two.
     """
-    t = u_shaped_times(len(x0), a, x0.device)
+    t = torch.rand(len(x0), device=x0.device)
     return flow_matching_loss(partial(velocity, text=text), x0, x1, t)
 
 
@@ -212,7 +212,6 @@ class Config:
     shard: Count = 256                                      # pairs in a file
     sample_batch: Count = 256                               # pictures that are made at a time
     caption_dropout: Share = 0.1                            # captions that training replaces by the empty one
-    a: Annotated[float, 0, 50] = 0.0                        # times of reflow: 0 uniform, above U-shaped as in chapter 3
     reflow_steps: Counts = (1200,)                          # training steps of 2-RF, one number a phase
     reflow_batch: Counts = (16,)                            # pairs in a step of each phase
     distill_guidance: Guidance = 1.5                        # guidance of 2-RF when it makes the pairs to distil
@@ -322,8 +321,8 @@ def students(run, prompts, distance, seed):
     shape = prompts.pipe.shape
     draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs, shape), noise, prompts)
     start = negated(teacher.unet) if config.init == "negated" else teacher.unet
-    phases = [(partial(reflow_loss, a=config.a), steps, batch, config.student_lr)
-              for steps, batch in zip(config.reflow_steps, config.reflow_batch)]
+    batches = zip(config.reflow_steps, config.reflow_batch)
+    phases = [(reflow_loss, steps, batch, config.student_lr) for steps, batch in batches]
     flow = train_student(run, f"2-rf-{seed}", start, partial(draw, dropout=config.caption_dropout), phases)
 
     straight = Sampler(prompts, flow, "euler", config.distill_solver_steps, config.distill_guidance)
@@ -564,8 +563,10 @@ def write_pairs(run, name, sampler, seed, count):
         path = run.folder / "pairs" / name / f"{i:05d}.pt"
         if path.exists():                                   # a run that was killed loses the file in hand, no more
             continue
-        batches = whole_batches(i * shard, shard, run.config.sample_batch, run.device)
-        x1 = torch.cat([latents(sampler, seed, number, number) for number in batches])[:min(shard, count - i * shard)]
+        x1 = []
+        for number in whole_batches(i * shard, shard, run.config.sample_batch, run.device):
+            x1.append(sampler(pair_noise(seed, number, sampler.prompts.pipe.shape), sampler.prompts(number)))
+        x1 = torch.cat(x1)[:min(shard, count - i * shard)]
         require(x1.isfinite().all(), f"the samples of {name} are not finite; lower the learning rates, add --fresh")
         save_checkpoint(path, config={"pairs": name}, x1=x1.half().cpu())
         if STOP:
@@ -621,17 +622,14 @@ class Prompts:
         if pipe.tokenizer.truncated and int(os.environ.get("RANK", 0)) == 0:
             print(f"{pipe.tokenizer.truncated} of {len(texts)} prompts are longer than {self.tokens.shape[1]} tokens; "
                   "their ends are cut off", file=sys.stderr)
-        self.null = self.encode(pipe.tokenizer([empty]).to(self.tokens))
-        self.kept = self.encode(self.tokens) if len(texts) <= few else None
+        with torch.no_grad():
+            self.null = pipe.text_encoder(pipe.tokenizer([empty]).to(self.tokens))
+            self.kept = pipe.text_encoder(self.tokens) if len(texts) <= few else None
 
     @torch.no_grad()
-    def encode(self, tokens):
-        """Tokens (B, L) -> states (B, L, C)."""
-        return self.pipe.text_encoder(tokens)
-
     def __call__(self, index):
         index = index % len(self.texts)
-        return self.encode(self.tokens[index]) if self.kept is None else self.kept[index]
+        return self.pipe.text_encoder(self.tokens[index]) if self.kept is None else self.kept[index]
 
 
 def tiny_configs(config, vocabulary):
@@ -694,11 +692,6 @@ def whole_batches(first, count, batch, device):
     return numbers.split(batch)
 
 
-def latents(sampler, seed, text, noise):
-    """Latents x1 (B, C, h, w).  text, noise: (B,), the numbers of the prompts and of the noises."""
-    return sampler(pair_noise(seed, noise, sampler.prompts.pipe.shape), sampler.prompts(text))
-
-
 @torch.no_grad()
 def decode_latents(vae, x1):
     """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
@@ -710,7 +703,8 @@ def decode_latents(vae, x1):
 def pictures(sampler, seed, text, noise, batch):
     """Pictures (B, 3, H, W), a batch at a time.  text, noise: (N,), the numbers of the prompts and of the noises."""
     for text, noise in zip(text.split(batch), noise.split(batch)):
-        yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, text, noise))
+        x0 = pair_noise(seed, noise, sampler.prompts.pipe.shape)
+        yield decode_latents(sampler.prompts.pipe.vae, sampler(x0, sampler.prompts(text)))
 
 
 # Differs from 02_reflow.py: latents that are decoded, text by number, a batch at a time
@@ -719,9 +713,10 @@ def generate(sampler, run):
     seed = seed_for(run.config.seed, 999)                   # the pairs use other seeds, so these noises are new
     left = run.config.eval_size
     compile_network(place(sampler.unet, run.device), run.config)
-    for number in whole_batches(0, left, run.config.sample_batch, run.device):
-        yield decode_latents(sampler.prompts.pipe.vae, latents(sampler, seed, number, number))[:left]
-        left -= len(number)
+    number = torch.cat(whole_batches(0, left, run.config.sample_batch, run.device))
+    for images in pictures(sampler, seed, number, number, run.config.sample_batch):
+        yield images[:left]
+        left -= len(images)
     sampler.unet.cpu()
 
 
@@ -2224,16 +2219,7 @@ def shapes(n, size=32, seed=0):
 # endregion
 
 
-# region Copied from 03_improved_training.py: times, LPIPS -------------------------------------------------------------
-
-def u_shaped_times(n, a=4.0, device=None):
-    """n samples of t, of density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1] [Lee+24 section 4]; a = 0: uniform.
-
-    By the inverse CDF, with y uniform.  (The e^{au} + e^{-au} printed in the paper is not symmetric; its code is.)
-    """
-    y = torch.rand(n, device=device)
-    return y if a < 1e-6 else 0.5 + torch.asinh((2 * y - 1) * math.sinh(a / 2)) / a
-
+# region Copied from 03_improved_training.py: LPIPS --------------------------------------------------------------------
 
 class Perceptual(nn.Module):
     """LPIPS [Zhang+18]: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,); b is the target and gets no gradient.
