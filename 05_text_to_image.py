@@ -843,8 +843,8 @@ def print_seconds(networks, batches):
     medians = {}
     for name, network in networks.items():
         first, *others = np.reshape(network.seconds, (batches, -1)).sum(1).tolist()     # a row of calls for each batch
-        medians[name] = float(np.median(others or [first]))
-        print(f"{name:>18}: {medians[name]:.4f} s a batch; the first, which warms up, {first:.2f} s")
+        medians[name] = round(float(np.median(others or [first])), 5)
+        print(f"{name:>18}: {medians[name]:.5f} s a batch; the first, which warms up, {first:.5f} s")
     return medians
 
 
@@ -995,8 +995,7 @@ class CLIPTokenizer:
         self.merge = cache(self.merge)                      # few words are new
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            merges = merges[1:] if merges[0].startswith("#version") else merges
+            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")     # the line "#version: 0.2" does no harm
             self.ranks = {(a, b): rank for rank, (a, b) in enumerate(line.split(" ") for line in merges if line)}
             self.start = int(self.vocab["<|startoftext|>"])
             self.end = int(self.vocab["<|endoftext|>"])

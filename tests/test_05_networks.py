@@ -1036,7 +1036,7 @@ def test_seconds_are_of_a_batch_without_the_first(capsys):
     networks = {name: SimpleNamespace(seconds=seconds) for name, seconds in calls.items()}
     assert chapter.print_seconds(networks, 4) == {"text": 2, "U-Net": 5, "decode": 1}
     out = capsys.readouterr().out
-    assert "9.00" in out and "2.0000 s" in out and len(out.splitlines()) == 3
+    assert "9.00000 s" in out and "2.00000 s" in out and len(out.splitlines()) == 3
     assert chapter.print_seconds({"text": SimpleNamespace(seconds=[4])}, 1) == {"text": 4}     # there is no other
 
 
