@@ -995,7 +995,7 @@ class CLIPTokenizer:
         self.merge = cache(self.merge)                      # few words are new
         try:
             self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")     # the line "#version: 0.2" does no harm
+            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")    # a line "#version: 0.2" does no harm
             self.ranks = {(a, b): rank for rank, (a, b) in enumerate(line.split(" ") for line in merges if line)}
             self.start = int(self.vocab["<|startoftext|>"])
             self.end = int(self.vocab["<|endoftext|>"])
