@@ -1,74 +1,117 @@
-"""The benchmark runs to its end on any machine, and its gradient check notices a compiler that is wrong."""
+"""The benchmark runs to its end on any machine, whatever a row does; its gradient check and its memory are right."""
 
 import json
+import sys
 
 import benchmark
 import pytest
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
+import torch
+from conftest import load
+from torch import nn
+
+ROWS = {"machine": 0, "train": 3, "pairs": 1, "lpips": 1, "sd": 1, "latency": 2}
 
 
-def test_smoke(tmp_path):
-    assert benchmark.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "benchmark.json").read_text())
-    rows = {row["step"]: row for row in content["tables"]["Ladder"]}
-    assert list(rows) == [name for name, *_ in benchmark.LADDER] + ["train() of the scripts"]
-    for name, _, devices in benchmark.LADDER:
-        assert ("images/s" in rows[name]) == ("cpu" in devices), name
-        assert "images/s" in rows[name] or rows[name]["note"].startswith("n/a")
-    assert content["gradients"]["verdict"].startswith("PASS") and not content["errors"]
+def rows(out):
+    return json.loads((out / "benchmark.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_stages(tmp_path, name):
+    """Toy sizes, in this process."""
+    for package in ("diffusers", "transformers") if name == "latency" else ():
+        pytest.importorskip(package)
+    args = benchmark.parse_arguments(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    precision, chunks = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    benchmark.STAGES[name][0](benchmark.Bench(args))
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = chunks
+    assert len(rows(tmp_path)) == ROWS[name]
+    timed = [row for row in rows(tmp_path) if not row["row"].startswith("gradients")]
+    assert all(row["a second"] > 0 and row["ms"] > 0 for row in timed)
+    assert [row["ratio"] for row in timed[:1]] == [1.0] * len(timed[:1])
+    if name == "train":
+        assert rows(tmp_path)[0]["note"].startswith("good")
     table = (tmp_path / "benchmark.md").read_text()
-    assert all(name in table for name in rows) and "torchcfm" in table
+    assert all(row["row"] in table for row in rows(tmp_path))
 
 
 def test_flops_are_those_of_the_papers_network():
     """42.4 GFLOP forward, three times that with backward."""
-    flops = benchmark.training_flops(benchmark.our_network("cifar"), lambda net, x, t: net(x, t))
+    script = load("02_reflow")
+    config = script.Config(**benchmark.SIZES["cuda"]["ours"])
+    flops = benchmark.training_flops(lambda: script.Flow(config, 3, 0), (3, 32, 32))
     assert flops == pytest.approx(127.1e9, rel=1e-3)
 
 
-def test_wrong_gradient_is_found():
-    def forward(graph, inputs):
-        return make_boxed_func(graph)
-
-    def backward(graph, inputs):
-        def run(*arguments):
-            gradients = list(graph(*arguments))
-            gradients[5] = 1.5 * gradients[5]  # one tensor of many, off by half
-            return gradients
-
-        return make_boxed_func(run)
-
-    build = benchmark.our_network("smoke")
-    wrong = aot_autograd(fw_compiler=forward, bw_compiler=backward)
-    errors = list(benchmark.gradient_errors(build, 4, "cpu", benchmark.Switches(), wrong).values())
-    assert errors[0] == pytest.approx(0.5) and errors[1] < 1e-5
+def test_a_wrong_gradient_is_found():
+    good = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2)}
+    assert benchmark.worst_error(good, good) == (0.0, "a")
+    assert benchmark.worst_error(good | {"b": torch.tensor([1.0, 1.5])}, good) == (pytest.approx(0.5 / 2 ** 0.5), "b")
+    for broken in ({"a": good["a"]}, good | {"b": torch.tensor([1.0, float("nan")])}):
+        assert benchmark.worst_error(broken, good) == (float("inf"), "b")
 
 
-def test_failed_row_keeps_the_table(tmp_path):
+def test_a_wrong_gradient_stops_the_stage_that_trains(tmp_path, monkeypatch):
     args = benchmark.parse_arguments(["--quick", "--device", "cpu", "--out", str(tmp_path)])
-    bench = benchmark.Bench(args, benchmark.Report(tmp_path, {}), rate=1e12)
-
-    def explode():
-        raise RuntimeError("out of memory\nwith details")
-
-    assert bench.measure_row("Ladder", "good", lambda: sum, 1.0) == 0
-    assert bench.measure_row("Ladder", "bad", explode, 1.0) == 0
-    assert bench.measure_row("Ladder", "better", lambda: lambda: None, 1.0) > 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["tables"]["Ladder"]
-    assert "failed: TypeError" in rows[0]["note"] and rows[1]["note"] == "failed: RuntimeError: out of memory"
-    assert bench.failures == 2 and rows[2]["images/s"] > 0
+    monkeypatch.setattr(benchmark, "worst_error", lambda found, reference: (0.5, "conv0.bias"))
+    with pytest.raises(ValueError, match=r"conv0.bias is off by 0.5"):
+        benchmark.train(benchmark.Bench(args))
+    assert rows(tmp_path)[0]["note"].startswith("WRONG")
 
 
-def test_deadline_is_kept(tmp_path):
-    args = benchmark.parse_arguments(["--quick", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)])
-    bench = benchmark.Bench(args, benchmark.Report(tmp_path, {}), rate=1e12)
-    assert bench.measure_row("Ladder", "late", lambda: pytest.fail("started"), 1.0) == 0
-    assert "not run" in bench.report.content["tables"]["Ladder"][0]["note"]
+@pytest.mark.parametrize("program, well, words", [
+    ("", True, []), ("raise RuntimeError('out of memory')", False, ["failed: RuntimeError: out of memory"]),
+    ("import nothing_of_this_name", True, ["not run: ModuleNotFoundError"]),
+    ("import threading; threading.Event().wait()", False, ["given up after 1 s"])])
+def test_a_stage_that_fails_or_hangs_becomes_a_row(tmp_path, program, well, words):
+    assert benchmark.supervise([sys.executable, "-c", program], 1 if "wait" in program else 60, tmp_path, "x") == well
+    notes = [row["note"] for row in rows(tmp_path)] if words else []
+    assert len(notes) == len(words) and all(note.startswith(word) for note, word in zip(notes, words))
 
 
-@pytest.mark.parametrize("flags", [["--bogus"], ["--batch", "0"], ["--seconds", "nan"], ["--network", "huge"]])
+def test_only_skip_and_the_time_for_all_of_it(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(benchmark, "supervise", lambda command, limit, out, name: begun.append((name, limit)) or True)
+    flags = ["--device", "cpu", "--out", str(tmp_path)]
+    assert benchmark.main([*flags, "--only", "pairs", "train", "sd", "--skip", "train"]) == 0
+    assert begun == [("pairs", 100), ("sd", 90)]
+    assert benchmark.main([*flags, "--minutes", "0"]) == 0 and len(begun) == 2
+    assert all(row["note"] == "not run: --minutes 0 are over" for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize("flags", [["--bogus"], ["--seconds", "-1"], ["--seconds", "nan"], ["--only", "nonsense"]])
 def test_wrong_flags(flags):
     with pytest.raises(SystemExit) as stop:
         benchmark.parse_arguments(flags)
     assert stop.value.code == 2
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_kept_bytes_by_hand():
+    """A linear layer keeps its input, ReLU its output, once though the next layer keeps it too; a square its input."""
+    layers = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 30))
+    kept = benchmark.Kept({p.untyped_storage()._cdata for p in layers.parameters()})
+    x = torch.randn(7, 10)
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        layers(x).square()
+    assert kept.total() == 4 * 7 * (10 + 20 + 30)
+
+
+def test_checkpoints_keep_inputs_and_the_largest_inside():
+    small, large = nn.Sequential(nn.Linear(10, 10), nn.ReLU()), nn.Sequential(nn.Linear(10, 50), nn.ReLU())
+    own = {p.untyped_storage()._cdata for layer in (small, large) for p in layer.parameters()}
+    kept = benchmark.Kept(own)
+    kept.checkpoint(large, kept.checkpoint(small, torch.randn(7, 10)))
+    assert kept.total() == 4 * 7 * (10 + 10) + 4 * 7 * (10 + 50)    # two inputs; then large: its input again, and 50
+
+
+def test_memory_of_a_preset():
+    """Shapes alone, no GPU: chapter 2's networks are those of the preset, and half the slice keeps half as much."""
+    row, = benchmark.memory_rows("02_reflow", "paper")
+    assert row["trained"] == pytest.approx(55.7e6, rel=1e-3) and row["states"] == pytest.approx(1.114, rel=1e-3)
+    assert row["fits"] == 1 and 5 < row["kept"] < 30
+    tight, = benchmark.memory_rows("02_reflow", "paper", card=row["kept"])
+    assert tight["fits"] == 2 and tight["kept then"] == pytest.approx(row["kept"] / 2, rel=0.1)
