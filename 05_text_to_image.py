@@ -346,10 +346,10 @@ def students(run, prompts, distance, seed):
 
 def distill_phases(config, distance, more):
     """First |.|^2 of latents, for `more` steps than --distill-steps says, then LPIPS of pictures."""
-    squares = partial(one_step_loss, distance=latent_distance)
-    lpips = partial(one_step_loss, distance=distance)
-    return [(squares, config.distill_steps[0] + more, config.distill_batch[0], config.student_lr),
-            (lpips, config.distill_steps[1], config.distill_batch[1], config.lpips_lr)]
+    latents = partial(one_step_loss, distance=latent_distance)
+    pictures = partial(one_step_loss, distance=distance)
+    return [(latents, config.distill_steps[0] + more, config.distill_batch[0], config.student_lr),
+            (pictures, config.distill_steps[1], config.distill_batch[1], config.lpips_lr)]
 
 
 # Differs from 04_distill.py: in phases
