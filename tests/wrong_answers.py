@@ -175,12 +175,12 @@ def pseudo_huber(v, target):
 """, "the loss of consistency models"),
     ("hw3", "lpips", """
 def perceptual_loss(v, x0, x1, t, lpips):
-    return t * ch3.pseudo_huber(v, x1 - x0) + lpips(x1, ch3.interpolate(x0, x1, t))
+    return t * ch3.pseudo_huber(v, x1 - x0) + lpips(ch3.interpolate(x0, x1, t), x1)
 """, "LPIPS compares x1 with x_t"),
     ("hw3", "lpips", """
 def perceptual_loss(v, x0, x1, t, lpips):
     x1_hat = ch3.interpolate(x0, x1, t) + (1 - t).reshape(-1, 1, 1, 1) * v
-    return (1 - t) * ch3.pseudo_huber(v, x1 - x0) + lpips(x1, x1_hat)
+    return (1 - t) * ch3.pseudo_huber(v, x1 - x0) + lpips(x1_hat, x1)
 """, "1 - t for a weight"),
     ("hw3", "teacher", """
 def denoiser_velocity(denoiser, xt, t):
