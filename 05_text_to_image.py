@@ -1647,6 +1647,9 @@ def load_pipeline(source):
         if configs[name].get("_class_name") == "StackedUNet":
             parts[name] = StackedUNet(parts[name])
         parts[name].load_state_dict(read_state(parts[name], fetch_weights(source, WEIGHTS[name])), assign=True)
+    wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
+    given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
+    require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
     return Pipeline(tokenizer, **parts, configs=configs)
 
 

@@ -42,6 +42,17 @@ def settings(model):
     return json.loads(json.dumps(config))
 
 
+def test_parts_of_different_models_are_one_line(layout, tmp_path):
+    shutil.copytree(layout, tmp_path / "mixed")
+    folder = tmp_path / "mixed" / "text_encoder"
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 24}
+    (folder / "config.json").write_text(json.dumps(config))
+    chapter.save_safetensors(folder / "model.safetensors", chapter.from_config(chapter.CLIPTextEncoder, config).state_dict())
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path / "mixed")
+    assert "width {12}" in one_line(error) and "gives 24" in one_line(error)
+
+
 @torch.no_grad()
 def fill(model, seed=0):
     """Every parameter random, so that none hides behind a zero or a one; activations stay of size one."""
