@@ -4,10 +4,10 @@
     python tests/benchmark.py --only torchcfm pairs  # some rows;  --skip latency: all but some
     python tests/benchmark.py --memory               # no timing: what every preset needs of a card, by calculation
 
-Rows in which torchcfm or diffusers is missing are left out: `pip install --no-deps torchcfm pot`, `pip install diffusers
-transformers`.  Every stage is a process of its own with a time limit of its own, and --minutes bounds them all: one
-that hangs or fails takes no other row with it.  --out gets benchmark.md and benchmark.json, rewritten after every row;
-"ratio" compares with the first row of the same stage.  Exit code 1 if a stage failed.
+Rows in which torchcfm or diffusers is missing are left out (`pip install --no-deps torchcfm pot`, and `pip install
+diffusers transformers`).  Every stage is a process of its own with a time limit of its own, and --minutes bounds them
+all: one that hangs or fails takes no other row with it.  --out gets benchmark.md and benchmark.json, rewritten after
+every row; "ratio" compares with the first row of the same stage.  Exit code 1 if a stage failed.
 """
 
 import argparse
@@ -28,10 +28,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import load
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+
+ENVIRONMENT = dict(os.environ)                              # before conftest takes all threads but one away
+from conftest import load  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 COLUMNS = ("row", "a second", "ratio", "± %", "ms", "peak GB", "of matmul rate", "note")
 
@@ -51,7 +53,7 @@ SIZES = {
 }  # fmt: skip
 SIZES["cpu"]["theirs"] = SIZES["cuda"]["theirs"]            # torchcfm's own network for CIFAR-10, whatever the machine
 
-PUBLIC_SD = {       # the sizes of Stable Diffusion 1.5; its first seven are those of the chapter's tiny model by default
+PUBLIC_SD = {       # the sizes of Stable Diffusion 1.5, where they differ from the chapter's tiny model
     "unet": dict(block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, attention_head_dim=8, sample_size=64,
                  cross_attention_dim=768, norm_num_groups=32,
                  down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
@@ -118,7 +120,7 @@ def gradients(net, loss_fn, autocast=contextlib.nullcontext()):
 
 
 def worst_error(found, reference):
-    """(|g - g0| / |g0|, name) of the worst parameter of the reference; NaN and no gradient count as infinitely wrong."""
+    """(|g - g0| / |g0|, name) of the worst parameter of the reference; NaN or none at all is infinitely wrong."""
     missing = torch.tensor(float("nan"))
     errors = {name: ((found.get(name, missing) - g0).norm() / g0.norm()).nan_to_num(nan=float("inf")).item()
               for name, g0 in reference.items()}
@@ -294,7 +296,8 @@ def pairs(bench):
     """Reflow's pairs by Heun's method in 18 steps, files included: chapter 2's write_pairs, a shard a call."""
     script, shard = load("02_reflow"), bench.size["shard"]
     with tempfile.TemporaryDirectory() as folder:
-        config = bench.config(script, pairs=shard, shard=shard, pair_steps=18, out=folder + "/run", **bench.size["ours"])
+        sizes = dict(pairs=shard, shard=shard, pair_steps=18, out=folder + "/run")
+        config = bench.config(script, **sizes, **bench.size["ours"])
         run = script.Run(config, "02_reflow.py")
         velocity = script.Velocity(script.place(our_flow(bench, script)[0], bench.place).eval(), config)
         rounds = itertools.count()
@@ -328,7 +331,7 @@ def sd_configs(script, bench, folder):
 
 
 def sd(bench, compiled=False):
-    """A training step of chapter 5's reflow with its peak of memory; not compiled unless asked for: it takes minutes."""
+    """A training step of chapter 5's reflow, and its peak of memory; compiling it takes minutes, so it comes last."""
     script, batch = load("05_text_to_image"), bench.size["sd_batch"]
     with tempfile.TemporaryDirectory() as folder:
         configs, _, words = sd_configs(script, bench, Path(folder))
@@ -377,7 +380,7 @@ def latency(bench):
 
 
 # Name -> function, and seconds after which it is given up.  In the order of what one wants to know first
-STAGES = {"machine": (machine, 60), "torchcfm": (torchcfm, 150), "train": (train, 150), "pairs": (pairs, 100),
+STAGES = {"machine": (machine, 60), "torchcfm": (torchcfm, 200), "train": (train, 150), "pairs": (pairs, 100),
           "lpips": (lpips, 120), "sd": (sd, 90), "latency": (latency, 150),
           "sd-compiled": (partial(sd, compiled=True), 240)}
 
@@ -583,7 +586,8 @@ def parse_arguments(argv=None):
     """Flags, with defaults that depend on the device filled in."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best one here")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run", metavar="STAGE")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
+                        help="stages to run")
     parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], metavar="STAGE",
                         help="stages to leave out, of: " + " ".join(STAGES))
     parser.add_argument("--seconds", type=float, help="measured per row (3; CPU 10)")
@@ -612,7 +616,7 @@ def parse_arguments(argv=None):
 def supervise(command, limit, out, name):
     """Run a stage as a process; a limit in seconds, a crash or a missing package becomes a row.  True if it is well."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True, env=ENVIRONMENT)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
 """The CUDA path on a CPU: every branch that asks for CUDA is taken, at tiny sizes.
 
-Compiled, and compiled under bf16 autocast, the losses of chapters 2 to 5 give the gradients of plain float32; whole runs
-compile no network again after its first batch; two processes take the steps of one.  Where inductor itself would add
-nothing but a minute of C++, its decompositions and its cut between forward and backward stand for it.
+Compiled, and compiled under bf16 autocast, the losses of chapters 2 to 5 give the gradients of plain float32; whole
+runs compile no network again after its first batch; two processes take the steps of one.  Where inductor itself would
+add nothing but a minute of C++, its decompositions and its cut between forward and backward stand for it.
 """
 
 import copy
@@ -22,21 +22,21 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 BACKEND = "aot_eager_decomp_partition"
-COMMON = ("--compile --no-conditional --data-size 32 --steps 3 --reflow-steps 3 --shard 8 --eval-size 16 --pair-steps 2 "
-          "--channels 4 --image-size 8 --mult 1 --attention 4 --batch 4 --log-every 2 --device cpu ")
+COMMON = ("--compile --no-conditional --data-size 32 --steps 3 --reflow-steps 3 --shard 8 --eval-size 16 "
+          "--pair-steps 2 --channels 4 --image-size 8 --mult 1 --attention 4 --batch 4 --log-every 2 --device cpu ")
 TINY = {
     "02_reflow": COMMON + "--pairs 12",
     "03_improved_training": COMMON + "--pairs 12 --configs A G --real-steps 2 --real-pairs 16",
     "04_distill": COMMON + "--pairs 8 --distill-steps 4 --levels 20 --halvings 2",
-    "05_text_to_image": "--compile --no-direct --data-size 32 --vae-steps 2 --steps 3 --reflow-steps 3 --distill-steps 3 2 --pairs 8 "
-                        "--shard 8 --eval-size 16 --solver-steps 3 --distill-solver-steps 2 --vae-channels 4 4 "
-                        "--channels 8 8 --heads 2 --batch 4 --vae-batch 4 --reflow-batch 4 --distill-batch 4 4 "
-                        "--log-every 2 --device cpu",
+    "05_text_to_image": "--compile --no-direct --data-size 32 --vae-steps 2 --steps 3 --reflow-steps 3 "
+                        "--distill-steps 3 2 --pairs 8 --shard 8 --eval-size 16 --solver-steps 3 "
+                        "--distill-solver-steps 2 --vae-channels 4 4 --channels 8 8 --heads 2 --batch 4 "
+                        "--vae-batch 4 --reflow-batch 4 --distill-batch 4 4 --log-every 2 --device cpu",
 }
 
 
 def forced(name, autocast=True):
-    """A script as a module of its own in which a CPU counts as CUDA: for compiling and, unless told not to, for bf16."""
+    """A script as a module in which a CPU counts as CUDA: for compiling and, unless told not to, for bf16."""
     places = r"(on_cuda = .*|enabled=[\w.]+) == \"cuda\"" if autocast else r"(on_cuda = .*) == \"cuda\""
     text, count = re.subn(places, r'\1 in ("cuda", "cpu")', (ROOT / f"{name}.py").read_text())
     assert count >= (3 if autocast else 1), "the script asks for CUDA in other words now"
@@ -67,7 +67,8 @@ def compiler(monkeypatch, request):
 
 
 def small_flow(chapter):
-    """A network of chapters 2 to 4 whose every weight matters, and n pairs for it."""
+    """A network of chapters 2 to 4 whose every weight matters, the same every time, and pairs for it."""
+    torch.manual_seed(0)
     config = replace(chapter.Config(), image_size=8, channels=8, mult=(1,), attention=(), compile=True)
     flow = shake(chapter.place(chapter.Flow(config, 3, 0), torch.device("cpu")))
     pair = lambda: (*torch.randn(2, 3, 3, 8, 8), None)  # noqa: E731
@@ -97,6 +98,7 @@ def latent_losses(chapter):
     """Chapter 5's networks with their losses: a list of what image_losses returns."""
     config = replace(chapter.Config(), channels=(8, 8), heads=2, vae_channels=(4, 4), compile=True)
     configs = chapter.tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
+    torch.manual_seed(0)
     unet, text, vae = (shake(chapter.from_config(chapter.NETWORKS[name], configs[name]))
                        for name in ("unet", "text_encoder", "vae"))
     captioned = chapter.Captioned(copy.deepcopy(unet), text)
@@ -130,7 +132,8 @@ def test_gradients_are_those_of_plain_float32(name, compiler):
         for what, loss in losses.items():
             loss = partial(loss, ema=None, step=0)
             reference = gradients(plain.train(), loss)
-            reference = {key: g0 for key, g0 in reference.items() if not re.search(r"(to_k|k_proj)\.bias$", key)}  # are 0
+            for key in [key for key in reference if re.search(r"(to_k|k_proj)\.bias$", key)]:
+                del reference[key]                          # softmax does not see them: 0, but for rounding
             error, worst = worst_error(gradients(network, loss), reference)
             assert error < 0.02, (what, worst, error)
             rounded = gradients(network, loss, autocast)
@@ -213,11 +216,12 @@ nn.Module.compile = lambda self, **options: original(self, backend=here.BACKEND,
 result = {}
 for name in here.TINY:
     chapter = here.forced(name, autocast=False)
+    chapter.make_optimizer = lambda model, config: torch.optim.SGD(model.parameters())  # Adam's first steps are signs
     cases = here.latent_losses(chapter)[2:] if name[:2] == "05" else [here.image_losses(name, chapter)]
     for config, model, losses in cases:
-        what = {"02_reflow": "every round", "03_improved_training": "F", "04_distill": "consistency"}.get(name, "reflow")
+        what = {"02": "every round", "03": "F", "04": "consistency", "05": "reflow"}[name[:2]]
         loss, parts = losses[what], []
-        config = replace(config, steps=2, warmup=0, lr_decay="constant", accumulate=slices, device="cpu")
+        config = replace(config, steps=2, warmup=0, lr=1.0, lr_decay="constant", accumulate=slices, device="cpu")
         rank, processes = (run := chapter.Run(replace(config, batch=12), name)).rank, run.world
 
         def loss_fn(network, ema, step):
@@ -234,7 +238,8 @@ torch.save(result, f"{processes}-{rank}.pt")
 def test_two_processes_take_the_steps_of_one_with_the_same_batch(tmp_path):
     """Compiled, and wrapped for several processes: after two steps the weights of all are those of one process."""
     (tmp_path / "worker.py").write_text(WORKER)
-    alone = subprocess.run([sys.executable, "worker.py", ROOT / "tests", "2"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "worker.py", ROOT / "tests", "2"]
+    alone = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     both = torchrun("worker.py", ROOT / "tests", "1", cwd=tmp_path)
     assert both.returncode == 0, both.stderr
