@@ -20,8 +20,8 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (810, 810, 200), "02": (1120, 735, 320), "03": (1475, 522, 320), "04": (1560, 588, 320),
-         "05": (2240, 1642, 2240)}
+SIZES = {"01": (785, 785, 200), "02": (1120, 735, 320), "03": (1430, 524, 320), "04": (1505, 590, 320),
+         "05": (2275, 1694, 2275)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
 IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from_file_location", "exec"}
