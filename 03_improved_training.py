@@ -1,7 +1,8 @@
 """Chapter 3 - improved training (2-rectified flow++): why is one reflow enough?
 
-Reflow's pairs hardly cross, so at x_t there is one target only, the pair's own x1 - x0, and every sensible distance is
-least there.  That frees three choices which chapter 2 took from 1-RF, and [Lee+24] makes all three differently:
+On realistic data reflow's pairs hardly cross ([Lee+24] argues so from experiments; it is no theorem).  At x_t there is
+then one target only, the pair's own x1 - x0, and every sensible distance is least there.  That frees three choices
+which chapter 2 took from 1-RF, and [Lee+24] makes all three differently:
     when       t is drawn where 2-RF errs, near both ends: p(t) ~ cosh(a (t - 1/2)), a = 4                [section 4]
     how far    not |.|^2 but LPIPS-Huber: a robust distance of velocities plus a perceptual one of pictures     [4.2]
                t huber(v, x1 - x0) + LPIPS(x1_hat, x1) / (1 - t),   x1_hat = x_t + (1 - t) v
