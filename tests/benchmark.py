@@ -590,7 +590,7 @@ def parse_arguments(argv=None):
                         help="stages to run")
     parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], metavar="STAGE",
                         help="stages to leave out, of: " + " ".join(STAGES))
-    parser.add_argument("--seconds", type=float, help="measured per row (3; CPU 10)")
+    parser.add_argument("--seconds", type=float, help="measured per row (3; CPU 8)")
     parser.add_argument("--minutes", type=float, help="for all of it (8; CPU 10): the rest is not begun, or given up")
     parser.add_argument("--quick", action="store_true", help="is it alive? toy networks, 0.1 s a row")
     parser.add_argument("--memory", action="store_true", help="calculate what the presets need, and nothing else")
@@ -602,7 +602,7 @@ def parse_arguments(argv=None):
     if not has[args.device]:
         parser.error(f"--device {args.device}: torch finds no such device here")
     slow = args.device == "cpu"
-    args.seconds = args.seconds or (0.1 if args.quick else 10.0 if slow else 3.0)
+    args.seconds = args.seconds or (0.1 if args.quick else 8.0 if slow else 3.0)
     args.minutes = (10.0 if slow else 8.0) if args.minutes is None else args.minutes
     if not args.seconds > 0:
         parser.error(f"--seconds {args.seconds} must be positive")
