@@ -228,8 +228,8 @@ class Config:
             dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
             warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=7, levels=160, shard=500,
             lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, log_every=300, compile=True),
-        "paper": dict(                                      # [Liu+22]'s sizes for reflow; every method costs 0.6 G.  LPIPS
-            # keeps 75 MB an image: --accumulate 2 on one card of 80 GB
+        "paper": dict(                                      # [Liu+22]'s sizes for reflow; every method costs 0.6 G
+            # LPIPS keeps 75 MB an image: one card of 80 GB wants --accumulate 2
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=512, steps=600000, reflow_steps=300000, distill_steps=300000, lr=2e-4, student_lr=1e-4,
             lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, pair_steps=64, halvings=10,
