@@ -1993,7 +1993,7 @@ class Run:
             model.load_state_dict(state["model"])
             ema.model.load_state_dict(state.get("ema", state["model"]))
             optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
-            last, log = state["step"], state["log"]
+            last, log, state = state["step"], state["log"], None            # no second copy stays on the device
         total, clock = 0.0, time.perf_counter()
         with tqdm(total=config.steps, initial=last, desc=name, disable=None) as bar:
             for step, loss, ema in train(model, loss_fn, config, stream, (optimizer, ema, last)):

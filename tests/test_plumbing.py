@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -371,6 +372,27 @@ def test_a_stop_saves_its_very_step_and_continues_bit_for_bit(finished, run, her
     assert same_weights(folder, finished.folder, "1-rf", "2-rf")
     rows = log(folder)
     assert [row[1] for row in rows[:4]] == ["5", "8", "10", "15"] and len(rows) == 9
+
+
+def test_a_run_that_goes_on_needs_no_more_memory_than_one_that_starts(finished, run, here, monkeypatch):
+    """The weights of the checkpoint are copied into the networks: none of its own may lie on the device meanwhile."""
+    with monkeypatch.context() as patch:
+        stop_at(7, patch)
+        run(*TINY)
+    load, rate, read, left = chapter.load_checkpoint, chapter.learning_rate, [], []
+
+    def load_checkpoint(path, device="cpu"):
+        state = load(path, device)
+        read.extend(weakref.ref(p) for name in ("model", "ema") for p in state.get(name, {}).values())
+        return state
+
+    def learning_rate(step, config):
+        left.append(sum(p() is not None for p in read))
+        return rate(step, config)
+    monkeypatch.setattr(chapter, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(chapter, "learning_rate", learning_rate)
+    assert run(*TINY)[0] == 0
+    assert read and left and not any(left)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
