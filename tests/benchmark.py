@@ -461,12 +461,12 @@ def latent_stages(script, config):
     for part in (text, vae):
         part.requires_grad_(False)
     draw = lambda n: (latents(n), latents(n), torch.randn(n, 77, width))  # noqa: E731
-    yield ("reflow", unet, [unet, text, vae], max(config.reflow_batch),
+    yield ("reflow", unet, [text, vae], max(config.reflow_batch),
            lambda n: partial(script.pair_loss, draw=partial(draw, n), loss=script.reflow_loss))
     perceptual = script.Perceptual(config.lpips_net, config.lpips_size, "random")
     distance = partial(script.picture_distance, vae, perceptual)
     loss = partial(script.one_step_loss, distance=distance)
-    yield ("distillation by LPIPS", unet, [unet, text, vae, perceptual], config.distill_batch[1],
+    yield ("distillation by LPIPS", unet, [text, vae, perceptual], config.distill_batch[1],
            lambda n: partial(script.pair_loss, draw=partial(draw, n), loss=loss))
 
 

@@ -115,3 +115,12 @@ def test_memory_of_a_preset():
     assert row["fits"] == 1 and 5 < row["kept"] < 30
     tight, = benchmark.memory_rows("02_reflow", "paper", card=row["kept"])
     assert tight["fits"] == 2 and tight["kept then"] == pytest.approx(row["kept"] / 2, rel=0.1)
+
+
+def test_memory_of_chapter_5_counts_no_finished_unet():
+    """Teachers wait in host memory while a student learns: the card holds the student, text encoder and VAE alone."""
+    script = load("05_text_to_image")
+    stages = list(benchmark.latent_stages(script, script.Config()))
+    assert len(stages) == 2                                 # reflow, distillation
+    for _, model, frozen, *_ in stages:
+        assert isinstance(model, script.UNet) and not any(isinstance(module, script.UNet) for module in frozen)
