@@ -802,8 +802,8 @@ class Run:
         """
         record = self.folder / "run.json"
         settings = dataclasses.asdict(self.config)
-        found = any(path.name != ".part-run.json" for path in self.folder.glob("*"))
-        if self.rank == 0 and not self.claimed and found:
+        new = self.rank == 0 and not self.claimed
+        if new and any(path.name != ".part-run.json" for path in self.folder.glob("*")):
             try:
                 content = json.loads(record.read_text())
                 old = dict(content["settings"]) if content["script"] == self.script.name else None
@@ -818,7 +818,7 @@ class Run:
                 shutil.rmtree(self.folder)
             else:
                 self.compare(old, settings, self.folder)
-        if self.rank == 0 and not record.exists():
+        if new and not record.exists():
             save_json(record, surroundings(self.script) | {"settings": settings})
         self.claimed = True
         self.wait()

@@ -394,6 +394,7 @@ def check_settings(run):
     for batch in ([] if config.model else [config.vae_batch]) + [*config.reflow_batch, *config.distill_batch]:
         count = run.world * slices(config, batch)
         require(batch % count == 0, f"a batch of {batch} cannot be cut into {count} equal slices")
+    require(config.pairs >= run.world, f"--pairs {config.pairs} leaves some of {run.world} processes without any")
     require(config.model or config.preset != "paper", "--preset paper needs --model, Stable Diffusion 1.x")
     require(config.prompts or not config.model, "--model needs --prompts FILE, a text file with a prompt a line")
     require(config.model or config.image_size % 2 ** halvings == 0,
@@ -694,7 +695,7 @@ def whole_batches(first, count, batch, device):
 
 @torch.no_grad()
 def decode_latents(vae, x1):
-    """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  In float32: bf16 is coarser than bytes."""
+    """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].  Never in bf16: it is coarser than bytes."""
     images = vae.decode(x1 / vae.scale).float()
     require(images.isfinite().all(), "the pictures are not finite: broken weights, or wrong --steps or --guidance")
     return images.clamp(-1, 1)
@@ -1938,8 +1939,8 @@ class Run:
         """
         record = self.folder / "run.json"
         settings = dataclasses.asdict(self.config)
-        found = any(path.name != ".part-run.json" for path in self.folder.glob("*"))
-        if self.rank == 0 and not self.claimed and found:
+        new = self.rank == 0 and not self.claimed
+        if new and any(path.name != ".part-run.json" for path in self.folder.glob("*")):
             try:
                 content = json.loads(record.read_text())
                 old = dict(content["settings"]) if content["script"] == self.script.name else None
@@ -1954,7 +1955,7 @@ class Run:
                 shutil.rmtree(self.folder)
             else:
                 self.compare(old, settings, self.folder)
-        if self.rank == 0 and not record.exists():
+        if new and not record.exists():
             save_json(record, surroundings(self.script) | {"settings": settings})
         self.claimed = True
         self.wait()

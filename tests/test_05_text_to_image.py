@@ -1142,6 +1142,14 @@ def test_the_papers_batches_can_be_shared_by_so_many_processes(world):
     chapter.check_settings(SimpleNamespace(config=config, world=world))
 
 
+def test_fewer_pairs_than_processes_are_refused():
+    """Each draws from its own share of the pairs."""
+    config = chapter.parse_config(chapter.Config, "--pairs 3".split())
+    chapter.check_settings(SimpleNamespace(config=config, world=2))
+    with pytest.raises(chapter.UserError, match="--pairs 3 .*4 processes"):
+        chapter.check_settings(SimpleNamespace(config=config, world=4))
+
+
 def test_a_velocity_is_no_teacher(finished, run, here):
     """A chain on it would train to its end and draw nonsense."""
     (here / "prompts.txt").write_text("a red circle on a white background\n")
