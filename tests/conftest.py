@@ -23,6 +23,11 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    """Files in their order: pytest-xdist would begin with those of many tests, and a slow one of few comes last."""
+    config.option.loadscopereorder = False
+
+
 def load(name):
     """Import a script from the repository root: load("01_rectified_flow"). The second call returns the same module.
 
