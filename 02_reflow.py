@@ -559,9 +559,8 @@ def load_folder(run):
         print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
-    names = sorted({name for _, name in good})              # no class without an image
-    labels = torch.tensor([names.index(name) for _, name in good])
-    return torch.stack([image for image, _ in good]), labels, names
+    names, labels = np.unique([name for _, name in good], return_inverse=True)      # no class without an image
+    return torch.stack([image for image, _ in good]), torch.from_numpy(labels), names.tolist()
 
 
 def decode(path, size):
