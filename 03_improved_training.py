@@ -9,12 +9,12 @@ which chapter 2 took from 1-RF, and [Lee+24] makes all three differently:
     from whom  pairs and start weights may come from a diffusion model: denoiser D, v = (D - x_t) / (1 - t)  [4.3]
 Real pictures can join, inverted to noise [4.4]; in few steps a new rule beats Euler's [5.3].  (The paper's t is 1 - t.)
 
-    python 03_improved_training.py                             # teacher, pairs, baseline A and 2-RF++ F, on shapes
+    python 03_improved_training.py                             # on chapter 2's 1-RF: pairs, baseline A and 2-RF++ F
     python 03_improved_training.py --ablate --seeds 3          # the paper's ladder A to G, three seeds
     python 03_improved_training.py --preset gpu --download     # CIFAR-10; --teacher edm-cifar10-32x32-uncond-vp.pkl
 
 You will see, in runs/03_improved_training/quick/: samples.png (one and two steps from the same noises), editing.png
-(pictures through their noise: other classes, interpolation), and a table: Frechet distances, errors along t, inversion.
+(pictures through their noise: other classes, interpolation), and tables: distance, accuracy, inversion, error along t.
 [Lee+24] Lee, Lin, Fanti: Improving the Training of Rectified Flows, arXiv 2405.20320v2.  [Liu+22] arXiv 2209.03003.
 [Song+21] arXiv 2011.13456 (the network).  [Karras+22] arXiv 2206.00364 (EDM).  [Zhang+18] arXiv 1801.03924 (LPIPS).
 """
@@ -36,6 +36,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,23 +171,24 @@ class Config:
     configs: Literal["A", "B", "C", "D", "E", "F", "G"] = ("A", "F")        # which to train; G goes on from F
     ablate: bool = False                                    # all of them (B only if --big-batch is not 1)
     seeds: Annotated[int, 1, 100] = 1                       # students per configuration, on the same teacher and pairs
-    teacher: str = ""                                       # chapter 2's 1-rf.pt, or NVIDIA's edm-*-vp.pkl
+    teacher: str = ""                                       # a 1-rf.pt, or NVIDIA's edm-*-vp.pkl; empty: chapter 2's
     conditional: bool = True                                # feed class labels to the network
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"                # LPIPS backbone; the paper uses vgg
-    lpips_size: Annotated[int, 32, 512] = 32                # LPIPS sees pictures of this side (the paper: 224)
-    lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
-    lpips_weight: Amount = 4.0                              # factor of LPIPS (the paper: 1, with a trained backbone)
+    lpips_size: Annotated[int, 32, 512] = 64                # LPIPS sees pictures of this side (the paper: 224)
+    lpips_weights: str = "auto"                             # pretrained (downloaded), random, auto (either), a file
+    lpips_weight: Amount = 1.0                              # factor of LPIPS; a tenth of it if random
     big_batch: Count = 1                                    # batch of B to G in multiples of A's (the paper: 4)
     real_pairs: Count = 1024                                # real pictures inverted to noise for G
     real_steps: Count = 100                                 # training steps of G
-    invert_noise: Annotated[float, 0, 0.5] = 0.05           # noise mixed in before inverting (the paper: 0.001)
-    steps: Count = 1000                                     # training steps of the teacher
+    invert_steps: Count = 16                                # Heun steps of the inversion: of too few z comes out short
+    invert_noise: Annotated[float, 0, 0.5] = 0.0            # noise mixed in before inverting (the paper: 0.001)
+    steps: Count = 1500                                     # training steps of the teacher
     reflow_steps: Count = 600                               # training steps of A to F
     batch: Count = 32                                       # images in a step, over all processes
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
-    pairs: Count = 3072                                     # pairs (z0, z1) made by the teacher
+    pairs: Count = 4096                                     # pairs (z0, z1) made by the teacher
     pair_solver: Literal["edm", "euler", "heun"] = "heun"   # edm: EDM's sampler; the others follow the flow's own ODE
-    pair_steps: Count = 5                                   # its steps (evaluations: heun 2 a step, edm one less)
+    pair_steps: Count = 8                                   # its steps (evaluations: heun 2 a step, edm one less)
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
     mult: Annotated[tuple, 1, 64] = (1, 1, 1)               # width of each level, in multiples of channels
@@ -212,15 +214,15 @@ class Config:
         "quick": {},
         "gpu": dict(                                        # one GPU, about half an hour, its own teacher included
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
-            dropout=0.1, batch=256, steps=10000, reflow_steps=3000, lr=4e-4, warmup=500, ema_decay=0.999, pairs=50000,
-            real_pairs=10000, real_steps=300, invert_noise=0.01, pair_steps=18, shard=500, lpips_net="vgg",
-            lpips_size=64, lpips_weights="pretrained", lpips_weight=1.0, eval_size=10000, log_every=200, compile=True),
+            dropout=0.1, batch=256, steps=12000, reflow_steps=3000, lr=4e-4, warmup=500, ema_decay=0.999, pairs=50000,
+            real_pairs=10000, real_steps=300, invert_steps=32, invert_noise=0.01, pair_steps=18, shard=500,
+            lpips_net="vgg", lpips_weights="pretrained", eval_size=10000, log_every=200, compile=True),
         "paper": dict(                                      # [Lee+24]; --teacher: EDM's; one 80 GB GPU: --accumulate 2
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.13, batch=128, big_batch=4, steps=400000, reflow_steps=800000, lr=2e-4, lr_decay="constant",
             warmup=5000, ema_decay=0.9999, pairs=1000000, real_pairs=50000, real_steps=5000, invert_noise=0.001,
             pair_solver="edm", pair_steps=18, shard=1000, lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
-            lpips_weight=1.0, grad_clip=1e9, eval_size=50000, log_every=200, compile=True),
+            grad_clip=1e9, eval_size=50000, log_every=200, compile=True),
     }
 
 
@@ -233,6 +235,7 @@ def main(config):
     run = Run(config, __file__)
     if not Path(config.teacher).exists():                   # told before a download; "" is the present folder
         raise UserError(f"--teacher {config.teacher} is missing")
+    settle_lpips(run)
     recipes = choose_recipes(run)
     features = choose_features(run)
     images, labels, class_names = load_data(run)
@@ -263,16 +266,17 @@ def choose_recipes(run):
         names.remove("B")
     perceptual = None
     if names & {"E", "F", "G"}:                             # a missing backbone is told now, not an hour from now
-        perceptual = Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights, config.lpips_weight)
+        weight = config.lpips_weight * (0.1 if config.lpips_weights == "random" else 1)     # untrained, it only harms
+        perceptual = Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights, weight)
         perceptual = place(perceptual, run.device)
         compile_network(perceptual, config)
     return {name: (LADDER[name][0], partial(LADDER[name][1], perceptual=perceptual)) for name in sorted(names)}
 
 
 def find_teacher(data, run):
-    """The network in --teacher, or a 1-RF trained here: row A's loss on noise and pictures drawn apart."""
+    """The network in --teacher, chapter 2's, or a 1-RF trained here: row A's loss on noise and pictures drawn apart."""
     images, labels, class_names = data
-    path = run.config.teacher
+    path = run.config.teacher or chapter_2(run, "1-rf")
     if path:
         load = load_edm if path.endswith(".pkl") else load_flow
         return load(path, run, images.shape[1], len(class_names))
@@ -280,6 +284,23 @@ def find_teacher(data, run):
     flow = Flow(run.config, images.shape[1], len(class_names))
     draw = partial(draw_independent, images, labels, run.share)
     return run.fit("teacher", flow, partial(pair_loss, draw=draw, recipe=LADDER["A"]), stream=1)
+
+
+def chapter_2(run, name, **settings):
+    """The path of chapter 2's finished network of this name, or "" if there is none of the settings of this run.
+
+    It is the one that would be trained here, to the bit.  settings: those of the stage that are other than the run's.
+    """
+    path = Path("runs/02_reflow", run.config.preset, f"{name}.pt")
+    if not path.exists():
+        return ""
+    content = load_checkpoint(path)
+    ours = dataclasses.asdict(run.config) | settings
+    same = [json.dumps(content.get("config", {}).get(key)) == json.dumps(ours[key]) for key in (
+        "data", "data_size", "image_size", "conditional", "steps", "batch", "accumulate", "channels", "mult", "blocks",
+        "attention", "dropout", "lr", "lr_decay", "warmup", "grad_clip", "ema_decay", "pairs", "pair_solver",
+        "pair_steps", "seed")]
+    return str(path) if all(same) and "optimizer" not in content else ""
 
 
 def train_students(name, recipe, starts, draw, run):
@@ -309,7 +330,7 @@ def report(flows, draw, features, data, run):
     for name in flows:
         results[name] = [evaluate(velocity, draw, real, few, run) for velocity in velocities[name]]
         for steps in (1, 2, 20):
-            strips[f"{name}, N = {steps}"] = sample(velocities[name][0], noise, index, steps)[:12].cpu()
+            strips[f"{name}, N = {steps}"] = sample(velocities[name][0], noise, index, steps)[:60:5].cpu()
     save_json(run.folder / "results.json", {"distance": distance, "configurations": results})
     print_table(results, distance, run)
     draw_samples(strips, run.folder / "samples.png")
@@ -359,10 +380,13 @@ def denoise(velocity, y, sigma):
 def evaluate(velocity, draw, real, few, run):
     """Every number of one network.  real: feature network, moments of the data;  few: pictures and labels to invert."""
     feature_network, moments_of_data = real
-    row = {"FD": {}, "mse": {}}
+    readable = run.config.data == "shapes" and velocity.classes
+    row = {"FD": {}, "mse": {}} | ({"accuracy": {}} if readable else {})
     for name, steps, method in [("1", 1, "euler"), ("2", 2, "euler"), ("4", 4, "euler"), ("4 new", 4, "new")]:
         images, _ = generate(velocity, run, steps, method)
         row["FD"][name] = frechet_from_moments(*feature_moments(images, feature_network, run.device), *moments_of_data)
+        if readable:
+            row["accuracy"][name] = accuracy(images)
     index = torch.arange(run.config.shard, device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     noise_labels = index % velocity.classes if velocity.classes else None
@@ -387,7 +411,7 @@ def invert_pictures(velocity, data, run):
     for rows in tqdm(torch.arange(min(config.real_pairs, len(images))).split(config.shard), "inverting", disable=None):
         torch.manual_seed(seed_for(config.seed, 3, rows[0].item()))
         flow = partial(velocity, labels=labels if labels is None else labels[rows])
-        noises.append(invert(flow, to_floats(images[rows]), config.pair_steps, "heun", config.invert_noise).half())
+        noises.append(invert(flow, to_floats(images[rows]), config.invert_steps, "heun", config.invert_noise).half())
     return torch.cat(noises), images, labels
 
 
@@ -402,8 +426,8 @@ def edit(velocity, x1, labels, class_names, run):
     z0 = invert(partial(velocity, labels=labels), x1, 8, noise=run.config.invert_noise)
     own = labels if labels is None else labels[:10]
     jobs = {"reconstructed": (z0[:10], own)}
-    for i, name in enumerate(class_names[:4]):
-        jobs[f"as {name}"] = z0[:10], torch.full_like(own, i)
+    for i in range(0, len(class_names), len(class_names) // 4 + 1):         # at most four
+        jobs[f"as {class_names[i]}"] = z0[:10], torch.full_like(own, i)
     mates = torch.arange(len(x1)) if labels is None else (labels == labels[0]).nonzero().flatten()
     other = mates[(x1[mates] - x1[0]).flatten(1).norm(dim=1).argmax()]      # the least alike picture of its class
     between = torch.stack([slerp(z0[0], z0[other], share) for share in torch.linspace(0, 1, len(z0[:10]))])
@@ -433,6 +457,12 @@ def print_table(results, distance, run):
         errors = "".join(f"{error:6.3f}" for error in np.mean([row["error_by_t"] for row in rows], 0))
         straight, back, z2 = np.mean([(row["S"], row["mse"]["8"], row["z2"]) for row in rows], 0)
         print(f"{name:<11}{means}{spread}{straight:9.2f} {errors}{back:10.3f}{z2:9.0f}")
+    if "accuracy" in results["teacher"][0]:
+        print("accuracy: share of these samples that show their caption; it forgives soft edges, the distance does not")
+        for name, rows in results.items():
+            shares = np.array([list(row["accuracy"].values()) for row in rows])
+            spread = f"{shares[:, 0].std(ddof=1):11.3f}" if len(rows) > 1 else f"{'-':>11}"
+            print(f"{name:<11}" + "".join(f"{mean:9.3f}" for mean in shares.mean(0)) + spread)
     if {"E", "F", "G"} & set(results) and run.config.lpips_weights == "random":
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of E, F, G")
 
@@ -483,6 +513,24 @@ def load_lpips(net, weights):
     except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
+
+
+def settle_lpips(run):
+    """--lpips-weights auto becomes pretrained if the backbone is here or can be had, else random, which a line says."""
+    if run.config.lpips_weights != "auto":
+        return
+    found = ["pretrained"]
+    if run.rank == 0:
+        socket.setdefaulttimeout(10)                        # behind a firewall nothing would ever answer
+        try:
+            load_lpips(run.config.lpips_net, "pretrained")
+        except UserError:
+            found = ["random"]
+            print("LPIPS: no trained backbone to be had: a dry run, as by --lpips-weights random, which also takes a file")
+        socket.setdefaulttimeout(None)
+    if run.world > 1:
+        dist.broadcast_object_list(found)                   # all processes learn by one distance
+    run.config.lpips_weights = found[0]
 
 
 class Inert(nn.Module):
@@ -1174,9 +1222,16 @@ def to_device(images, device):
     return images.to(device).contiguous(memory_format=layout)
 
 
-SHAPES = ["circle", "square", "triangle", "cross"]          # the index is the label
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
-BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
+SHAPES = ["circle", "square", "triangle", "cross"]
+COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
+BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
+SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+
+
+def shape_captions():
+    """Every caption that `shapes` can give; the index is the label."""
+    return [f"a {colour} {shape} on a {ground} background"
+            for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
 
 
 def shape_distances(x, y, r):
@@ -1191,34 +1246,84 @@ def shape_distances(x, y, r):
 
 
 def shapes(n, size=32, seed=0):
-    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
+    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,) that number shape_captions().
+
+    Uneven light (sigma 0.12 from the middle to a side) and grain (sigma 0.04) make them a little like photographs:
+    of flat colours, whose pixels are exact functions of each other, no flow finds the way back to Gaussian noise.
+    """
     u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     choices = torch.tensor([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
     kind, colour, ground = (u[:, :3] * choices).long().T
-    r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
+    r = (size - 2) * (SIZES[0] + (SIZES[1] - SIZES[0]) * u[:, 3, None, None])      # half the shape's width, in pixels
     cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
     cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
-    front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
-    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
+    front, back = (to_floats(torch.tensor(list(table.values())))[number, :, None, None]     # (n, 3, 1, 1)
+                   for table, number in ((COLOURS, colour), (BACKGROUNDS, ground)))
     pixel = torch.arange(size) + 0.5                        # pixel centres
+    ramp = torch.linspace(-1, 1, size)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for rows in torch.arange(n).split(4096):                # bounds the memory
+    for rows in torch.arange(n).split(1024):                # bounds the memory
         distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])   # (4, rows, size, size)
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
-        images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    colours = list(COLOURS)
-    grounds = list(BACKGROUNDS)
-    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
+        across, down = (0.12 * pair_noise(seed + 1, rows, (2, 1, 1, 1))).unbind(1)
+        light = across * ramp + down * ramp[:, None]
+        grain = 0.04 * pair_noise(seed, rows, (3, size, size))
+        images[rows] = to_bytes(back[rows] + cover * (front[rows] - back[rows]) + light + grain)
+    return images, (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground
+
+
+def read_labels(images, tolerance=0.15):
+    """Which labels pictures of the shapes (B, 3, S, S) in [-1, 1] show, by template matching: (B,), -1 for no shape.
+
+    The border tells background and light; the colour is the one that explains the pixels best as mixtures of both;
+    the shape is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is
+    more than `tolerance` of its area, it is none.
+    """
+    size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
+    scale = (images.shape[-1] - 2) * size / images.shape[-1]
+    images = F.interpolate(images, (size, size), mode="area")
+    half = math.ceil(SIZES[1] * scale) + 1
+    x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
+    templates = torch.stack([(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
+                             for shift in (0.0, 0.5) for r in torch.linspace(*SIZES, 9) * scale], dim=1)
+    colours, grounds = (to_floats(torch.tensor(list(table.values()))) for table in (COLOURS, BACKGROUNDS))
+
+    ramp = torch.linspace(-1, 1, size).expand(size, -1)
+    edge = torch.maximum(ramp.abs(), ramp.abs().T) == 1
+    ground = torch.cdist(images[:, :, edge].median(2).values, grounds).argmin(1)
+    pixels = images - grounds[ground][:, :, None, None]
+    for slope in (ramp, ramp.T):                            # least squares of the light, on background alone
+        light = (pixels[:, :, edge] * slope[edge]).mean((1, 2)) / slope[edge].square().mean()
+        pixels = pixels - light[:, None, None, None] * slope
+    pixels = pixels.flatten(2)                                                     # (B, 3, S S)
+    front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
+    covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
+    rest = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
+    colour = rest.argmin(1)
+    rows = torch.arange(len(images))
+    cover = covers[rows, colour].reshape(-1, 1, size, size)
+    flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
+    areas = flat.square().sum((1, 2, 3))
+    left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
+    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + rest[rows, colour])[:, None]
+    best = left.argmin(1)                                                          # the best place of every template
+    seen = left[rows, best] < tolerance * areas[best]
+    label = (colour * len(SHAPES) + best // templates.shape[1]) * len(BACKGROUNDS) + ground
+    return torch.where(seen, label, -1)
+
+
+def accuracy(images):
+    """The share of pictures of the shapes (N, 3, S, S), the i-th drawn with label i mod 32, that show their label."""
+    labels = torch.arange(len(images)) % len(shape_captions())
+    return (torch.cat([read_labels(batch) for batch in images.split(500)]) == labels).double().mean().item()
 
 
 def load_data(run):
     """The training images, on the CPU: uint8 (N, 3, S, S), labels int64 (N,), names of the classes."""
     config = run.config
     if config.data == "shapes":
-        images, labels, _ = shapes(config.data_size, config.image_size, config.seed)
-        return images, labels, SHAPES
+        return *shapes(config.data_size, config.image_size, config.seed), shape_captions()
     return load_cifar10(run) if config.data == "cifar10" else load_folder(run)
 
 

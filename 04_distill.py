@@ -8,15 +8,15 @@ They differ in the target:
     consistency  f(x_t, t) learns f(x_r, r), x_r a small step of the teacher's ODE further on                  [Song+23]
     ict          the same, but x_r is further on by the straight line to the picture: no teacher               [SD24]
 rf starts from 2-RF and its pairs, all others from 1-RF; `direct` is rf without reflow: the same distillation, of 1-RF.
-Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted); the
-table also tells what reflow had cost before.
+Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted).
+Reflow had cost some before; `longer` is direct given these as well.
 
-    python 04_distill.py                                       # shapes, offline: teacher, reflow, all methods
+    python 04_distill.py                                       # shapes, offline: on chapter 2's networks, all methods
     python 04_distill.py --checkpoint runs/04_distill/quick/rf.pt --samples 64 --out pictures   # or --export rf.pt2
     python 04_distill.py --preset gpu --download --teacher runs/02_reflow/gpu/1-rf.pt           # CIFAR-10
 
 You will see, in runs/04_distill/quick/: methods.png (the same 16 noises through every method), and a table: Frechet
-distance after one and two steps, precision, recall, density, coverage, evaluations spent.
+distance after one and two steps, accuracy, precision, recall, density, coverage, evaluations spent.
 [Liu+22] Flow Straight and Fast, arXiv 2209.03003.  [SH22] Progressive Distillation, arXiv 2202.00512.  [Song+23]
 Consistency Models, arXiv 2303.01469.  [SD24] Improved Techniques for Training Consistency Models, arXiv 2310.14189.
 [Kyn+19] arXiv 1904.06991 (precision, recall).  [Nae+20] arXiv 2002.09797 (density, coverage).
@@ -38,6 +38,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -176,25 +177,26 @@ class Config:
     download: bool = False                                  # fetch CIFAR-10 or the Inception network if missing
     data_size: Annotated[int, 16, 10 ** 8] = 20000          # pictures of the procedural set
     image_size: Annotated[int, 4, 1024] = 16                # side in pixels; a power of two
-    teacher: str = ""                                       # a finished 1-rf.pt (chapters 2 and 4) as 1-RF
+    teacher: str = ""                                       # a finished 1-rf.pt as 1-RF; empty: chapter 2's
     reflow: str = ""                                        # a finished 2-rf.pt as 2-RF; its cost counts all the same
     conditional: bool = True                                # feed class labels to the network
-    steps: Count = 1000                                     # training steps of the teacher, 1-RF
-    reflow_steps: Count = 1500                              # training steps of 2-RF
-    distill_steps: Count = 350                              # training steps of rf and direct; others cost as much
+    steps: Count = 1500                                     # training steps of the teacher, 1-RF
+    reflow_steps: Count = 1200                              # training steps of 2-RF
+    distill_steps: Count = 100                              # training steps of rf and direct; others cost as much
     batch: Count = 32                                       # images in a step, over all processes
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
-    pairs: Count = 3072                                     # pairs made by 1-RF (for 2-RF and direct), and by 2-RF (rf)
+    pairs: Count = 4096                                     # pairs made by 1-RF (for 2-RF and direct), and by 2-RF (rf)
     pair_solver: Literal["euler", "heun"] = "heun"          # ODE solver that makes pairs
-    pair_steps: Count = 4                                   # its steps (heun: two evaluations each)
+    pair_steps: Count = 8                                   # its steps (heun: two evaluations each)
+    longer: bool = True                                     # the control: direct at the cost of reflow and rf together
     jumps: Count = 1                                        # rf and direct learn k steps: times 0, 1/k, ..., (k-1)/k
     lpips_share: Share = 0.5                                # last share of distill_steps: LPIPS in place of squares
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
-    lpips_size: Annotated[int, 32, 512] = 32                # LPIPS sees pictures of this side (the papers: 224)
-    lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
+    lpips_size: Annotated[int, 32, 512] = 64                # LPIPS sees pictures of this side (the papers: 224)
+    lpips_weights: str = "auto"                             # pretrained (downloaded), random, auto (either), a file
     halvings: Annotated[int, 1, 12] = 4                     # progressive: 2^halvings Euler steps become 1
-    grid: Annotated[int, 3, 2000] = 18                      # noise levels of consistency distillation
-    distance: Literal["squared", "huber", "lpips"] = "huber"    # distance in consistency distillation
+    grid: Annotated[int, 3, 2000] = 8                       # noise levels of consistency distillation ([Song+23]: 18)
+    distance: Literal["squared", "huber", "lpips"] = "squared"  # distance in consistency distillation
     levels: Annotated[int, 10, 10 ** 6] = 80                # ict: intervals of its grid, doubled from 10 up to this
     shard: Count = 256                                      # pairs in a file, and images sampled at a time
     channels: Count = 32                                    # width of the first level: a multiple of 32, or 4, 8, 16
@@ -226,15 +228,15 @@ class Config:
         "gpu": dict(                                        # one GPU, about half an hour after chapter 2's teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
-            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=7, levels=160, shard=500,
-            lpips_net="vgg", lpips_size=64, lpips_weights="pretrained", eval_size=10000, log_every=300, compile=True),
+            warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=7, grid=18, levels=160, longer=False,
+            lpips_net="vgg", lpips_weights="pretrained", shard=500, eval_size=10000, log_every=300, compile=True),
         "paper": dict(                                      # [Liu+22]'s sizes for reflow; every method costs 0.6 G
             # LPIPS keeps 75 MB an image: one card of 80 GB wants --accumulate 2
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,),
             dropout=0.15, batch=512, steps=600000, reflow_steps=300000, distill_steps=300000, lr=2e-4, student_lr=1e-4,
             lr_decay="constant", warmup=5000, ema_decay=0.9999, pairs=1000000, pair_steps=64, halvings=10,
-            levels=1280, distance="lpips", lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
-            grad_clip=1e9, shard=1000, eval_size=50000, log_every=300, compile=True),
+            grid=18, levels=1280, distance="lpips", lpips_net="vgg", lpips_size=224, lpips_weights="pretrained",
+            longer=False, grad_clip=1e9, shard=1000, eval_size=50000, log_every=300, compile=True),
     }
 
 
@@ -249,6 +251,7 @@ def main(config):
         return draw_from_checkpoint(run)
     for path in filter(None, (config.teacher, config.reflow)):
         load_checkpoint(path)                               # a missing or broken file is told before a download
+    settle_lpips(run)
     images, labels, names = load_data(run)
     if len(images) < 16:
         raise UserError(f"--data {config.data}: {len(images)} pictures are too few to measure with; give at least 16")
@@ -260,7 +263,10 @@ def main(config):
     classes = len(names) if config.conditional else 0
     torch.manual_seed(seed_for(config.seed, 0))             # the start weights
     flow = Flow(config, 3, classes)
-    teacher, reflowed = [load_flow(path, run, 3, classes) if path else None for path in (config.teacher, config.reflow)]
+    paths = [config.teacher, config.reflow]
+    if not config.teacher and chapter_2(run, "1-rf"):
+        paths = [chapter_2(run, "1-rf"), config.reflow or chapter_2(run, "2-rf", steps=config.reflow_steps)]
+    teacher, reflowed = [load_flow(path, run, 3, classes) if path else None for path in paths]
     draw = partial(draw_independent, to_device(images, run.device), labels.to(run.device) if classes else None)
     if teacher is None:                                     # pair_loss: chapter 2's, among the copies below
         teacher = run.fit("1-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=1)
@@ -283,15 +289,23 @@ def distil_pairs(lesson, reflowed, run):
     if reflowed is None:
         loss = partial(pair_loss, draw=curved, n=run.share)
         reflowed = run.fit("2-rf", flow, loss, stream=2, steps=config.reflow_steps)
-    straight = stored_pairs("rf", reflowed, 3, run)
+    lessons = [("direct", flow, curved, 4), ("rf", reflowed, stored_pairs("rf", reflowed, 3, run), 5)]
+    if config.longer:
+        more = stored_pairs("longer", flow, 8, run)
+        lessons.append(("longer", flow, partial(draw_either, curved, more), 9))
     networks = {"2-RF": {1: reflowed, 2: reflowed}}
-    squares = round(config.distill_steps * (1 - config.lpips_share))
-    for name, start, draw, stream in (("direct", flow, curved, 4), ("rf", reflowed, straight, 5)):
+    for name, start, draw, stream in lessons:
+        squares = round(training_steps(config)[name] * (1 - config.lpips_share))
         on_pairs = Lesson(partial(draw, run.share), distance=lesson.distance, squares=squares)
         loss = partial(distillation_loss, lesson=on_pairs, jumps=config.jumps)
         student = train_student(name, start, loss, stream, run)
-        networks[name] = {1: student, 2: student}
+        networks[name] = {n: student for n in (1, 2) if config.jumps % n == 0}      # two steps if it learnt t = 1/2
     return networks
+
+
+def draw_either(first, second, n):
+    """A batch from one of two sets of pairs."""
+    return (first if torch.rand(()) < 0.5 else second)(n)
 
 
 def halve_steps(lesson, run):
@@ -336,17 +350,20 @@ def report(networks, images, features, label, run):
     reference = {"FD": {"-": frechet_from_moments(*moments(others), *statistics)}}
     rows = {"real data": reference | manifold_metrics(real, others)}
     ends = generate(Velocity(networks["1-RF"][1], config), run, 10, "heun")
-    strips = {"1-RF, 20 evaluations": ends[:16]}
+    strips = {"1-RF, 20 evaluations": ends[:80:5]}
+    readable = config.data == "shapes" and config.conditional
     for name, by_steps in networks.items():
-        row = {"FD": {}}
+        row = {"FD": {}} | ({"accuracy": {}} if readable else {})
         for nfe, flow in by_steps.items():
             pictures = generate(Velocity(flow, config), run, nfe, "jumps" if name in JUMPERS else "euler")
             found = image_features(pictures, features, run.device)
             row["FD"][str(nfe)] = frechet_from_moments(*moments(found), *statistics)
+            if readable:
+                row["accuracy"][str(nfe)] = accuracy(pictures)
             if nfe == 1:
                 row |= manifold_metrics(real, found[:size])
                 row["to_teacher"] = (pictures - ends).square().mean().item()
-            strips[f"{name}, {nfe} step{'s' * (nfe > 1)}"] = pictures[:16]
+            strips[f"{name}, {nfe} step{'s' * (nfe > 1)}"] = pictures[:80:5]
         row["evaluations"], row["reflow"] = spent(name, config)
         rows[name] = row
     save_json(run.folder / "results.json", {"distance": label, "samples": config.eval_size, "methods": rows})
@@ -359,7 +376,7 @@ def report(networks, images, features, label, run):
 
 # Evaluations that one image costs in one training step: forward 1, backward 2, a teacher's 1 (Heun: 2), the target 1.
 # A new method also needs: a loss, a function like follow_lines in main's methods, its name in Config (and JUMPERS).
-COST = {"direct": 3, "rf": 3, "progressive": 5, "consistency": 6, "ict": 4}
+COST = {"direct": 3, "rf": 3, "longer": 3, "progressive": 5, "consistency": 6, "ict": 4}
 
 
 def pair_cost(config):
@@ -375,6 +392,7 @@ def training_steps(config):
     budget = pair_cost(config) + COST["rf"] * config.batch * config.distill_steps
     steps = {method: max(1, round(budget / (cost * config.batch))) for method, cost in COST.items()}
     steps["direct"] = steps["rf"] = config.distill_steps
+    steps["longer"] = config.distill_steps + config.reflow_steps
     shares = {2 ** i: 2 if i < 2 else 1 for i in range(config.halvings)}
     rounds = {n: max(1, round(steps["progressive"] * share / sum(shares.values()))) for n, share in shares.items()}
     steps["progressive"] = sum(rounds.values())
@@ -384,7 +402,7 @@ def training_steps(config):
 def spent(name, config):
     """Network evaluations of a network after 1-RF: those of its method, and those of its reflow, pairs included."""
     own = COST.get(name, 0) * config.batch * training_steps(config).get(name, 0)
-    own += pair_cost(config) if name in ("direct", "rf") else 0
+    own += pair_cost(config) * {"direct": 1, "rf": 1, "longer": 2}.get(name, 0)
     reflow = pair_cost(config) + 3 * config.batch * config.reflow_steps if name in ("2-RF", "rf") else 0
     return own, reflow
 
@@ -515,16 +533,20 @@ def image_features(images, features, device):
 # Differs from 02_reflow.py: a row per method, and real data as the reference
 def print_table(rows, label, config):
     """A line per network, and what the columns mean."""
-    print(f"\n{label}, after 1 and 2 network evaluations\n{'':>16}     FD 1     FD 2  precision  recall  density"
-          "  coverage  to teacher  evaluations    + reflow")
+    print(f"\n{label}, after 1 and 2 network evaluations\n"
+          f"{'':>16}     FD 1     FD 2  accuracy  precision  recall  density  coverage  to teacher  evaluations"
+          "    + reflow")
     for name, row in rows.items():
         distances = "".join(f"{distance:9.3f}" for distance in row["FD"].values())
+        accurate = f"{row['accuracy']['1']:10.3f}" if "accuracy" in row else " " * 10
         quality = f"{row['precision']:11.3f}{row['recall']:8.3f}{row['density']:9.3f}{row['coverage']:10.3f}"
         cost = f"{row['to_teacher']:12.3f}{row['evaluations']:13,}{row['reflow']:12,}" if "reflow" in row else ""
-        print(f"{name:>16}{distances:<18}{quality}{cost}")
-    print("FD 2: progressive by its network for two; direct and rf at t = 1/2 too, learnt only if --jumps is even;\n"
+        print(f"{name:>16}{distances:<18}{accurate}{quality}{cost}")
+    print("FD 2: progressive by its network for two; direct, rf and longer if --jumps is even: they learnt t = 1/2;\n"
           "to teacher: mean squared gap to what 1-RF's ODE makes of the same noise; evaluations: of the network, by\n"
           f"the method and its pairs; + reflow: by 2-RF before; 1-RF had cost {3 * config.batch * config.steps:,}")
+    if "accuracy" in rows["1-RF"]:
+        print("accuracy: share of one-step pictures that show their caption; it forgives soft edges, FD does not")
     if config.lpips_weights == "random" and ("rf" in rows or config.distance == "lpips"):
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of the papers' distance")
 
@@ -1197,9 +1219,16 @@ def to_device(images, device):
     return images.to(device).contiguous(memory_format=layout)
 
 
-SHAPES = ["circle", "square", "triangle", "cross"]          # the index is the label
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
-BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
+SHAPES = ["circle", "square", "triangle", "cross"]
+COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
+BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
+SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+
+
+def shape_captions():
+    """Every caption that `shapes` can give; the index is the label."""
+    return [f"a {colour} {shape} on a {ground} background"
+            for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
 
 
 def shape_distances(x, y, r):
@@ -1214,34 +1243,84 @@ def shape_distances(x, y, r):
 
 
 def shapes(n, size=32, seed=0):
-    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
+    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,) that number shape_captions().
+
+    Uneven light (sigma 0.12 from the middle to a side) and grain (sigma 0.04) make them a little like photographs:
+    of flat colours, whose pixels are exact functions of each other, no flow finds the way back to Gaussian noise.
+    """
     u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     choices = torch.tensor([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
     kind, colour, ground = (u[:, :3] * choices).long().T
-    r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
+    r = (size - 2) * (SIZES[0] + (SIZES[1] - SIZES[0]) * u[:, 3, None, None])      # half the shape's width, in pixels
     cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
     cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
-    front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
-    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
+    front, back = (to_floats(torch.tensor(list(table.values())))[number, :, None, None]     # (n, 3, 1, 1)
+                   for table, number in ((COLOURS, colour), (BACKGROUNDS, ground)))
     pixel = torch.arange(size) + 0.5                        # pixel centres
+    ramp = torch.linspace(-1, 1, size)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for rows in torch.arange(n).split(4096):                # bounds the memory
+    for rows in torch.arange(n).split(1024):                # bounds the memory
         distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])   # (4, rows, size, size)
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
-        images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    colours = list(COLOURS)
-    grounds = list(BACKGROUNDS)
-    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
+        across, down = (0.12 * pair_noise(seed + 1, rows, (2, 1, 1, 1))).unbind(1)
+        light = across * ramp + down * ramp[:, None]
+        grain = 0.04 * pair_noise(seed, rows, (3, size, size))
+        images[rows] = to_bytes(back[rows] + cover * (front[rows] - back[rows]) + light + grain)
+    return images, (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground
+
+
+def read_labels(images, tolerance=0.15):
+    """Which labels pictures of the shapes (B, 3, S, S) in [-1, 1] show, by template matching: (B,), -1 for no shape.
+
+    The border tells background and light; the colour is the one that explains the pixels best as mixtures of both;
+    the shape is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is
+    more than `tolerance` of its area, it is none.
+    """
+    size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
+    scale = (images.shape[-1] - 2) * size / images.shape[-1]
+    images = F.interpolate(images, (size, size), mode="area")
+    half = math.ceil(SIZES[1] * scale) + 1
+    x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
+    templates = torch.stack([(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
+                             for shift in (0.0, 0.5) for r in torch.linspace(*SIZES, 9) * scale], dim=1)
+    colours, grounds = (to_floats(torch.tensor(list(table.values()))) for table in (COLOURS, BACKGROUNDS))
+
+    ramp = torch.linspace(-1, 1, size).expand(size, -1)
+    edge = torch.maximum(ramp.abs(), ramp.abs().T) == 1
+    ground = torch.cdist(images[:, :, edge].median(2).values, grounds).argmin(1)
+    pixels = images - grounds[ground][:, :, None, None]
+    for slope in (ramp, ramp.T):                            # least squares of the light, on background alone
+        light = (pixels[:, :, edge] * slope[edge]).mean((1, 2)) / slope[edge].square().mean()
+        pixels = pixels - light[:, None, None, None] * slope
+    pixels = pixels.flatten(2)                                                     # (B, 3, S S)
+    front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
+    covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
+    rest = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
+    colour = rest.argmin(1)
+    rows = torch.arange(len(images))
+    cover = covers[rows, colour].reshape(-1, 1, size, size)
+    flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
+    areas = flat.square().sum((1, 2, 3))
+    left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
+    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + rest[rows, colour])[:, None]
+    best = left.argmin(1)                                                          # the best place of every template
+    seen = left[rows, best] < tolerance * areas[best]
+    label = (colour * len(SHAPES) + best // templates.shape[1]) * len(BACKGROUNDS) + ground
+    return torch.where(seen, label, -1)
+
+
+def accuracy(images):
+    """The share of pictures of the shapes (N, 3, S, S), the i-th drawn with label i mod 32, that show their label."""
+    labels = torch.arange(len(images)) % len(shape_captions())
+    return (torch.cat([read_labels(batch) for batch in images.split(500)]) == labels).double().mean().item()
 
 
 def load_data(run):
     """The training images, on the CPU: uint8 (N, 3, S, S), labels int64 (N,), names of the classes."""
     config = run.config
     if config.data == "shapes":
-        images, labels, _ = shapes(config.data_size, config.image_size, config.seed)
-        return images, labels, SHAPES
+        return *shapes(config.data_size, config.image_size, config.seed), shape_captions()
     return load_cifar10(run) if config.data == "cifar10" else load_folder(run)
 
 
@@ -1448,6 +1527,23 @@ class UNet(nn.Module):
 
 # region Copied from 03_improved_training.py ---------------------------------------------------------------------------
 
+def chapter_2(run, name, **settings):
+    """The path of chapter 2's finished network of this name, or "" if there is none of the settings of this run.
+
+    It is the one that would be trained here, to the bit.  settings: those of the stage that are other than the run's.
+    """
+    path = Path("runs/02_reflow", run.config.preset, f"{name}.pt")
+    if not path.exists():
+        return ""
+    content = load_checkpoint(path)
+    ours = dataclasses.asdict(run.config) | settings
+    same = [json.dumps(content.get("config", {}).get(key)) == json.dumps(ours[key]) for key in (
+        "data", "data_size", "image_size", "conditional", "steps", "batch", "accumulate", "channels", "mult", "blocks",
+        "attention", "dropout", "lr", "lr_decay", "warmup", "grad_clip", "ema_decay", "pairs", "pair_solver",
+        "pair_steps", "seed")]
+    return str(path) if all(same) and "optimizer" not in content else ""
+
+
 class Perceptual(nn.Module):
     """LPIPS [Zhang+18]: images a, b (B, 3, H, W) in [-1, 1] -> distances (B,); b is the target and gets no gradient.
 
@@ -1491,6 +1587,24 @@ def load_lpips(net, weights):
     except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
+
+
+def settle_lpips(run):
+    """--lpips-weights auto becomes pretrained if the backbone is here or can be had, else random, which a line says."""
+    if run.config.lpips_weights != "auto":
+        return
+    found = ["pretrained"]
+    if run.rank == 0:
+        socket.setdefaulttimeout(10)                        # behind a firewall nothing would ever answer
+        try:
+            load_lpips(run.config.lpips_net, "pretrained")
+        except UserError:
+            found = ["random"]
+            print("LPIPS: no trained backbone to be had: a dry run, as by --lpips-weights random, which also takes a file")
+        socket.setdefaulttimeout(None)
+    if run.world > 1:
+        dist.broadcast_object_list(found)                   # all processes learn by one distance
+    run.config.lpips_weights = found[0]
 
 
 # endregion

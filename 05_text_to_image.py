@@ -36,6 +36,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -198,7 +199,7 @@ class Config:
     vae_batch: Count = 16                                   # pictures in a step of it
     vae_channels: Widths = (16, 32)                         # its widths; each but the first halves the picture
     kl: Amount = 3e-3                                       # weight of its KL divergence (Stable Diffusion: 1e-6)
-    steps: Count = 1500                                     # training steps of the tiny teacher and its text encoder
+    steps: Count = 3000                                     # training steps of the tiny teacher and its text encoder
     batch: Count = 32                                       # pictures in a step of it, over all processes
     accumulate: Count = 1                                   # slices of a large batch, in turn, if memory is short
     lr: Amount = 3e-3                                       # peak learning rate of autoencoder and teacher
@@ -226,8 +227,8 @@ class Config:
     ema_decay: Share = 0.998                                # decay of the averaged weights
     checkpointing: bool = False                             # recompute the U-Net's activations instead of keeping them
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
-    lpips_size: Annotated[int, 32, 1024] = 32               # pictures are resized to this side for LPIPS
-    lpips_weights: str = "random"                           # pretrained (downloaded), random (dry run), or a file
+    lpips_size: Annotated[int, 32, 1024] = 64               # pictures are resized to this side for LPIPS
+    lpips_weights: str = "auto"                             # pretrained (downloaded), random, auto (either), a file
     eval_size: Annotated[int, 2, 10 ** 7] = 512             # samples of every measurement
     seed: Whole = 0                                         # seed of every random draw
     log_every: Count = 100                                  # steps between log lines; a checkpoint is written at each
@@ -293,6 +294,7 @@ def main(config):
     """A teacher, the students of every seed, then numbers and pictures."""
     run = Run(config, __file__)
     check_settings(run)
+    settle_lpips(run)
     texts = read_texts(config.prompts) if config.prompts else shape_captions()
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     compile_network(perceptual, config)
@@ -414,7 +416,7 @@ def report(run, prompts, networks):
     pictures = {}
     data = None                                             # without data, the teacher's pictures are the measure
     if not config.model:
-        images, _, _ = shapes(config.data_size, config.image_size, config.seed)
+        images, _ = shapes(config.data_size, config.image_size, config.seed)
         data = feature_moments(images, features, run.device)
     for group in [{"teacher": prompts.pipe.unet}, *networks]:       # the teacher has no seeds
         for heading, sampler in samplers(run, prompts, group).items():
@@ -433,14 +435,15 @@ def report(run, prompts, networks):
 
 def measure(sampler, run, features):
     """Of config.eval_size pictures: moments of features, captions read off them, and the first 96, for the grid."""
-    readable = set(sampler.prompts.texts) <= set(shape_captions())      # other prompts cannot be read off a picture
+    known = shape_captions() + [""]                         # label -1: no shape
+    readable = set(sampler.prompts.texts) <= set(known)     # other prompts cannot be read off a picture
     rows = []
     captions = []
     first = []
     for images in generate(sampler, run):
         rows.append(features(images).cpu())
         images = images.cpu()
-        captions += captions_of(images) if readable else []
+        captions += [known[label] for label in read_labels(images)] if readable else []
         first += images[:96 - len(first)]
     return moments(torch.cat(rows)), captions, torch.stack(first)
 
@@ -481,7 +484,8 @@ def print_table(results, size):
 def tiny_teacher(run):
     """A Stable Diffusion of the smallest size from nothing, on captioned shapes: VAE, then text encoder and U-Net."""
     config = run.config
-    images, _, captions = shapes(config.data_size, config.image_size, config.seed)
+    images, labels = shapes(config.data_size, config.image_size, config.seed)
+    captions = [shape_captions()[label] for label in labels]
     run.claim()
     if run.rank == 0:
         write_vocabulary(shape_captions(), run.folder / "tokenizer")
@@ -721,42 +725,6 @@ def generate(sampler, run):
     sampler.unet.cpu()
 
 
-def captions_of(images, tolerance=0.15):
-    """The captions that pictures of the shapes (B, 3, S, S) in [-1, 1] show, by template matching; "" for no shape.
-
-    The border tells the background; the colour is the one that explains the pixels best as mixtures of both; the shape
-    is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is more than
-    `tolerance` of its area, it is none: blurs do not count.
-    """
-    size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
-    scale = (images.shape[-1] - 2) * size / images.shape[-1]
-    images = F.interpolate(images, (size, size), mode="area")
-    half = math.ceil(0.45 * scale) + 1
-    x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
-    templates = torch.stack([(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
-                             for shift in (0.0, 0.5) for r in torch.linspace(0.28, 0.45, 9) * scale], dim=1)
-    colours, grounds = (to_floats(torch.tensor(list(table.values()))) for table in (COLOURS, BACKGROUNDS))
-
-    edge = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
-    ground = torch.cdist(edge.median(2).values, grounds).argmin(1)
-    front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
-    pixels = (images - grounds[ground][:, :, None, None]).flatten(2)               # (B, 3, S S)
-    covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
-    rest = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
-    colour = rest.argmin(1)
-    rows = torch.arange(len(images))
-    cover = covers[rows, colour].reshape(-1, 1, size, size)
-    flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
-    areas = flat.square().sum((1, 2, 3))
-    left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
-    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + rest[rows, colour])[:, None]
-    best = left.argmin(1)                                                          # the best place of every template
-    seen = left[rows, best] < tolerance * areas[best]
-    kind = best // templates.shape[1]
-    number = (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground             # as shape_captions counts them
-    return [shape_captions()[i] if ok else "" for i, ok in zip(number.tolist(), seen.tolist())]
-
-
 def draw_grid(columns, texts, path, each=3, rows=8):
     """Prompts by networks, the same noises along a row.  columns: heading -> pictures, the i-th of text i mod N."""
     from matplotlib.figure import Figure                    # here: training does not need it
@@ -943,12 +911,6 @@ def read_texts(path):
 
 
 # ---- Text: captions and tokens ---------------------------------------------------------------------------------------
-
-
-def shape_captions():
-    """Every caption that `shapes` can give."""
-    return [f"a {colour} {shape} on a {ground} background"
-            for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
 
 
 def write_vocabulary(texts, folder):
@@ -2180,9 +2142,16 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-SHAPES = ["circle", "square", "triangle", "cross"]          # the index is the label
-COLOURS = dict(red=(230, 30, 40), green=(30, 170, 60), blue=(40, 70, 230), yellow=(250, 210, 20))
-BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0))
+SHAPES = ["circle", "square", "triangle", "cross"]
+COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
+BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
+SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+
+
+def shape_captions():
+    """Every caption that `shapes` can give; the index is the label."""
+    return [f"a {colour} {shape} on a {ground} background"
+            for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
 
 
 def shape_distances(x, y, r):
@@ -2197,26 +2166,71 @@ def shape_distances(x, y, r):
 
 
 def shapes(n, size=32, seed=0):
-    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,), captions: n strings."""
+    """n pictures of one shape each -> images uint8 (n, 3, size, size), labels int64 (n,) that number shape_captions().
+
+    Uneven light (sigma 0.12 from the middle to a side) and grain (sigma 0.04) make them a little like photographs:
+    of flat colours, whose pixels are exact functions of each other, no flow finds the way back to Gaussian noise.
+    """
     u = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed))    # a row per picture: it does not depend on n
     choices = torch.tensor([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
     kind, colour, ground = (u[:, :3] * choices).long().T
-    r = (size - 2) * (0.28 + 0.17 * u[:, 3, None, None])    # half the shape's width, in pixels
+    r = (size - 2) * (SIZES[0] + (SIZES[1] - SIZES[0]) * u[:, 3, None, None])      # half the shape's width, in pixels
     cx = 1 + r + (size - 2 - 2 * r) * u[:, 4, None, None]   # at least a pixel of background on every side
     cy = 1 + r + (size - 2 - 2 * r) * u[:, 5, None, None]
-    front = torch.tensor(list(COLOURS.values())).float()[colour, :, None, None]     # (n, 3, 1, 1)
-    back = torch.tensor(list(BACKGROUNDS.values())).float()[ground, :, None, None]
+    front, back = (to_floats(torch.tensor(list(table.values())))[number, :, None, None]     # (n, 3, 1, 1)
+                   for table, number in ((COLOURS, colour), (BACKGROUNDS, ground)))
     pixel = torch.arange(size) + 0.5                        # pixel centres
+    ramp = torch.linspace(-1, 1, size)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for rows in torch.arange(n).split(4096):                # bounds the memory
+    for rows in torch.arange(n).split(1024):                # bounds the memory
         distances = shape_distances(pixel - cx[rows], pixel[:, None] - cy[rows], r[rows])   # (4, rows, size, size)
         distance = distances[kind[rows], torch.arange(len(rows)), None]
         cover = (0.5 - distance).clamp(0, 1)                # the share of the pixel inside the shape: anti-aliasing
-        images[rows] = (back[rows] + cover * (front[rows] - back[rows])).round().byte()
-    colours = list(COLOURS)
-    grounds = list(BACKGROUNDS)
-    numbers = zip(colour.tolist(), kind.tolist(), ground.tolist())
-    return images, kind, [f"a {colours[c]} {SHAPES[k]} on a {grounds[g]} background" for c, k, g in numbers]
+        across, down = (0.12 * pair_noise(seed + 1, rows, (2, 1, 1, 1))).unbind(1)
+        light = across * ramp + down * ramp[:, None]
+        grain = 0.04 * pair_noise(seed, rows, (3, size, size))
+        images[rows] = to_bytes(back[rows] + cover * (front[rows] - back[rows]) + light + grain)
+    return images, (colour * len(SHAPES) + kind) * len(BACKGROUNDS) + ground
+
+
+def read_labels(images, tolerance=0.15):
+    """Which labels pictures of the shapes (B, 3, S, S) in [-1, 1] show, by template matching: (B,), -1 for no shape.
+
+    The border tells background and light; the colour is the one that explains the pixels best as mixtures of both;
+    the shape is the one that leaves least unexplained, drawn at the best of all places and many sizes.  If that is
+    more than `tolerance` of its area, it is none.
+    """
+    size = min(images.shape[-1], 32)                        # larger pictures are read at 32: it shows all
+    scale = (images.shape[-1] - 2) * size / images.shape[-1]
+    images = F.interpolate(images, (size, size), mode="area")
+    half = math.ceil(SIZES[1] * scale) + 1
+    x = torch.arange(-half, half + 1).float().expand(2 * half + 1, -1)
+    templates = torch.stack([(0.5 - shape_distances(x + shift, x.T + shift, r)).clamp(0, 1)
+                             for shift in (0.0, 0.5) for r in torch.linspace(*SIZES, 9) * scale], dim=1)
+    colours, grounds = (to_floats(torch.tensor(list(table.values()))) for table in (COLOURS, BACKGROUNDS))
+
+    ramp = torch.linspace(-1, 1, size).expand(size, -1)
+    edge = torch.maximum(ramp.abs(), ramp.abs().T) == 1
+    ground = torch.cdist(images[:, :, edge].median(2).values, grounds).argmin(1)
+    pixels = images - grounds[ground][:, :, None, None]
+    for slope in (ramp, ramp.T):                            # least squares of the light, on background alone
+        light = (pixels[:, :, edge] * slope[edge]).mean((1, 2)) / slope[edge].square().mean()
+        pixels = pixels - light[:, None, None, None] * slope
+    pixels = pixels.flatten(2)                                                     # (B, 3, S S)
+    front = colours - grounds[ground][:, None]                                     # (B, 4, 3)
+    covers = torch.einsum("bkc,bcp->bkp", front, pixels) / front.square().sum(2, keepdim=True)
+    rest = (pixels[:, None] - covers[:, :, None] * front[..., None]).square().sum((2, 3)) / front.square().sum(2)
+    colour = rest.argmin(1)
+    rows = torch.arange(len(images))
+    cover = covers[rows, colour].reshape(-1, 1, size, size)
+    flat = templates.flatten(0, 1)[:, None]                                        # (4 shapes x sizes, 1, width, width)
+    areas = flat.square().sum((1, 2, 3))
+    left = areas[:, None, None] - 2 * F.conv2d(cover, flat, padding=flat.shape[-1] // 2)
+    left = left.amin((2, 3)) + (cover.square().sum((1, 2, 3)) + rest[rows, colour])[:, None]
+    best = left.argmin(1)                                                          # the best place of every template
+    seen = left[rows, best] < tolerance * areas[best]
+    label = (colour * len(SHAPES) + best // templates.shape[1]) * len(BACKGROUNDS) + ground
+    return torch.where(seen, label, -1)
 
 
 # endregion
@@ -2267,6 +2281,24 @@ def load_lpips(net, weights):
     except Exception as error:                              # offline, a partial download, no such file, ...
         raise UserError(f"--lpips-weights {weights}: no {net} for LPIPS ({type(error).__name__}); give a file of "
                         "torchvision's, or --lpips-weights random for a dry run") from None
+
+
+def settle_lpips(run):
+    """--lpips-weights auto becomes pretrained if the backbone is here or can be had, else random, which a line says."""
+    if run.config.lpips_weights != "auto":
+        return
+    found = ["pretrained"]
+    if run.rank == 0:
+        socket.setdefaulttimeout(10)                        # behind a firewall nothing would ever answer
+        try:
+            load_lpips(run.config.lpips_net, "pretrained")
+        except UserError:
+            found = ["random"]
+            print("LPIPS: no trained backbone to be had: a dry run, as by --lpips-weights random, which also takes a file")
+        socket.setdefaulttimeout(None)
+    if run.world > 1:
+        dist.broadcast_object_list(found)                   # all processes learn by one distance
+    run.config.lpips_weights = found[0]
 
 
 # endregion

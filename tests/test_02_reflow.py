@@ -479,18 +479,31 @@ def test_evaluation_holds_every_number():
     real = chapter.feature_moments(chapter.shapes(64, 8)[0], features, CPU)
     result, pictures = chapter.evaluate(tiny_velocity(classes=4), real, features, run)
     names = ["N = 1", "N = 2", "N = 4", "N = 8", "rk45"]
-    assert set(result) == {"FD", "NFE", "S"}
-    assert list(result["FD"]) == list(result["NFE"]) == list(pictures) == names
+    assert set(result) == {"FD", "NFE", "S", "accuracy"}
+    assert list(result["FD"]) == list(result["NFE"]) == list(result["accuracy"]) == list(pictures) == names
     assert [result["NFE"][name] for name in names[:4]] == [1, 2, 4, 8] and result["NFE"]["rk45"] > 10
     index = torch.arange(8)                                             # the first shard of the noises
     flow = partial(tiny_velocity(classes=4), labels=index % 4)
     noise = chapter.pair_noise(chapter.seed_for(0, 999), index, (3, 8, 8))
     assert result["S"] == pytest.approx(load("01_rectified_flow").straightness(flow, noise, 10))
-    assert all(x.shape == (12, 3, 8, 8) for x in pictures.values())
+    assert all(x.shape == (5, 3, 8, 8) for x in pictures.values())   # every fifth of 24
     json.dumps(result)
     images, _ = chapter.generate(tiny_velocity(classes=4), run, 2)
     distance = chapter.frechet_distance(features(images), features(chapter.to_floats(chapter.shapes(64, 8)[0])))
     assert result["FD"]["N = 2"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_accuracy_is_measured_on_the_same_samples_and_of_shapes_by_label_alone(monkeypatch):
+    measured, features, run = [], chapter.RandomFeatures(), tiny_run()
+    monkeypatch.setattr(chapter, "accuracy", lambda images: measured.append(images) or len(measured) / 10)
+    real = chapter.feature_moments(chapter.shapes(64, 8)[0], features, CPU)
+    result, _ = chapter.evaluate(tiny_velocity(classes=32), real, features, run)
+    assert list(result["accuracy"].values()) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert torch.equal(measured[1], chapter.generate(tiny_velocity(classes=32), run, 2)[0])
+    for classes, data in [(0, "shapes"), (3, "photos")]:
+        run = tiny_run("--data", data)
+        assert "accuracy" not in chapter.evaluate(tiny_velocity(classes=classes), real, features, run)[0]
+    assert len(measured) == 5
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
@@ -514,6 +527,7 @@ def test_a_run_leaves_exactly_its_files(finished):
     assert not torch.equal(weights(finished.folder / "1-rf.pt"), weights(finished.folder / "2-rf.pt"))
     results = json.loads((finished.folder / "results.json").read_text())
     assert len(results["rounds"]) == 2 and results["samples"] == 24 and "random features" in results["distance"]
+    assert not any("accuracy" in numbers for numbers in results["rounds"]) and "accuracy" not in finished.out
     with Image.open(finished.folder / "samples.png") as image:
         image.load()
         assert min(image.size) >= 400 and len(image.convert("RGB").getcolors(1 << 24)) > 50
@@ -552,7 +566,14 @@ def test_conditional_and_three_rounds(run, here):
     folder = here / "runs" / NAME / "quick"
     assert log_rows(folder) == ROWS + [("3-rf", "2"), ("3-rf", "4")] and "3-RF" in out
     assert {path.name for path in (folder / "pairs").iterdir()} == {"2-rf", "3-rf"}
-    assert "model.map_label.weight" in torch.load(folder / "3-rf.pt", weights_only=True)["model"]
+    model = torch.load(folder / "3-rf.pt", weights_only=True)["model"]
+    assert model["model.map_label.weight"].shape[1] == len(chapter.shape_captions())
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    assert len(rounds) == 3 and out.count("accuracy") == 1
+    for numbers in rounds:
+        assert list(numbers["accuracy"]) == list(numbers["FD"])
+        assert all(0 <= share <= 1 for share in numbers["accuracy"].values())
+        assert "".join(f"{share:10.3f}" for share in numbers["accuracy"].values()) in out
 
 
 def draw_pictures(folder, kinds=("cats", "dogs"), each=4):
@@ -564,10 +585,12 @@ def draw_pictures(folder, kinds=("cats", "dogs"), each=4):
 
 def test_ones_own_pictures(run, here):
     draw_pictures(here / "photos")
-    code, _, err = run(*TINY, "--data", "photos", "--conditional")
+    code, out, err = run(*TINY, "--data", "photos", "--conditional")
     assert code == 0, err
     model = torch.load(here / "runs" / NAME / "quick" / "2-rf.pt", weights_only=True)["model"]
     assert model["model.map_label.weight"].shape[1] == 2
+    results = json.loads((here / "runs" / NAME / "quick" / "results.json").read_text())["rounds"]
+    assert not any("accuracy" in numbers for numbers in results) and "accuracy" not in out
 
 
 BAD = {

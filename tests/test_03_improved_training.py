@@ -6,6 +6,7 @@ Network, data and what is copied have tests of their own.  Most runs happen insi
 
 import builtins
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -36,9 +38,10 @@ from torch import nn
 
 NAME = "03_improved_training"
 chapter = load(NAME)
-TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --real-steps 2 --pairs 24 --real-pairs 16 --shard 8 --eval-size 24 "
-        "--pair-steps 3 --channels 4 --image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 "
-        "--device cpu").split()
+SHARED = ("--data-size 64 --steps 6 --reflow-steps 4 --pairs 24 --shard 8 --eval-size 24 --pair-steps 3 --channels 4 "
+          "--image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 --device cpu").split()     # as in chapter 2
+TINY = [*SHARED, *"--real-steps 2 --real-pairs 16 --invert-steps 3 --lpips-weights random".split()]
+CLASSES = 32                                                # labels of the shapes: colour, shape, background
 FIGURES = {"samples.png", "editing.png"}
 CPU = torch.device("cpu")
 
@@ -693,6 +696,28 @@ def test_a_straight_flow_measures_as_straight(classes):
     assert all(labels is own for labels in velocity.labels[58:])
 
 
+def test_accuracy_is_the_share_of_samples_that_show_their_label():
+    """A flow that ends at one picture for each label; for every odd one it is another label's picture."""
+    images, labels = chapter.shapes(2000, 16)
+    first = torch.tensor([(labels == label).nonzero()[0].item() for label in range(CLASSES)])
+    ends = chapter.to_floats(images[first])
+    assert torch.equal(chapter.read_labels(ends), torch.arange(CLASSES))
+    ends[1::2] = ends[1::2].roll(1, 0)
+
+    class Fixed:
+        classes, shape, evaluations = CLASSES, (3, 16, 16), 0
+
+        def __call__(self, x, t, labels):
+            return (ends[labels] - x) / (1 - t).clamp(min=1e-3)[:, None, None, None]
+    few, features = (ends[:8], torch.arange(8)), chapter.RandomFeatures()
+    config = tiny_config("--image-size", 16, "--eval-size", 31)
+    row = chapter.evaluate(Fixed(), lambda n: (*torch.randn(2, n, 3, 16, 16), torch.arange(n)),
+                           (features, chapter.feature_moments(images, features, CPU)), few,
+                           chapter.Run(config, chapter.__file__))
+    assert row["accuracy"] == {name: pytest.approx(16 / 31) for name in ("1", "2", "4", "4 new")}
+    assert list(row["accuracy"]) == list(row["FD"])
+
+
 def test_a_bent_flow_inverts_with_an_error_that_falls():
     """By Euler, there and back; the closed form of one step is that of the Gaussian flow."""
     x1, flow = 0.3 * torch.randn(6, 3, 8, 8), Straight(velocity=gaussian)
@@ -712,7 +737,7 @@ def test_a_bent_flow_inverts_with_an_error_that_falls():
     ({"ablate": True, "big_batch": 4}, "ABCDEFG")], ids=str)
 def test_names_of_the_configurations(settings, names):
     """In the order of the ladder; G brings F, from which it starts; B is A's twin without a larger batch."""
-    recipes = chapter.choose_recipes(Recorder(chapter.Config(**settings), 1))
+    recipes = chapter.choose_recipes(Recorder(chapter.Config(lpips_weights="random", **settings), 1))
     assert list(recipes) == list(names)
     for name, (times, distance) in recipes.items():
         assert times is chapter.LADDER[name][0] and distance.func is chapter.LADDER[name][1]
@@ -816,7 +841,7 @@ def test_lpips_compiles_as_one_graph_and_is_compiled_with_the_network(perceptual
     """By choose_recipes, when it is in place; a compiled distance is the same."""
     done = []
     monkeypatch.setattr(chapter, "compile_network", lambda *arguments: done.append(arguments))
-    run = Recorder(chapter.Config(compile=True), 1)
+    run = Recorder(chapter.Config(compile=True, lpips_weights="random"), 1)
     perceptual_of_run = chapter.choose_recipes(run)["F"][1].keywords["perceptual"]
     assert done == [(perceptual_of_run, run.config)]
     assert perceptual_of_run.lpips.net.slice2[1].squeeze.weight.is_contiguous(memory_format=torch.channels_last)
@@ -933,6 +958,59 @@ def test_pretrained_lpips_from_a_broken_download_is_one_line(offline, content):
     with pytest.raises(chapter.UserError, match="--lpips-weights") as error:
         chapter.Perceptual("squeeze", 32, "pretrained")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def timeout():
+    """settle_lpips limits how long any connection may take; other tests shall not see that."""
+    before = socket.getdefaulttimeout()
+    yield
+    socket.setdefaulttimeout(before)
+
+
+@pytest.fixture
+def asked_lpips(monkeypatch):
+    """asked_lpips(works): what load_lpips is called with from now on; "pretrained" is a random one, or fails."""
+    def asked_lpips(works):
+        calls, inner = [], chapter.load_lpips
+
+        def load_lpips(net, weights):
+            calls.append((net, weights))
+            if weights == "pretrained" and not works:
+                raise chapter.UserError("no network")
+            return inner(net, "random")
+        monkeypatch.setattr(chapter, "load_lpips", load_lpips)
+        return calls
+    return asked_lpips
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_lpips_is_pretrained_if_it_can_be_had(asked_lpips, monkeypatch, capsys, works):
+    """By default.  If it cannot, a line says so; no connection may hang for long, and that limit is only for it."""
+    calls, run = asked_lpips(works), types.SimpleNamespace(config=chapter.Config(lpips_net="alex"), rank=0, world=1)
+    limits = []
+    monkeypatch.setattr(chapter.socket, "setdefaulttimeout", limits.append)
+    chapter.settle_lpips(run)
+    assert calls == [("alex", "pretrained")] and 0 < limits[0] <= 30 and limits[1:] == [None]
+    assert run.config.lpips_weights == ("pretrained" if works else "random")
+    out, err = capsys.readouterr()
+    assert not err and len(out.splitlines()) == (not works)
+    assert not out or "--lpips-weights random" in out
+
+
+@pytest.mark.parametrize("found", ["pretrained", "random"])
+def test_all_processes_take_the_backbone_that_the_first_one_found(asked_lpips, monkeypatch, capsys, found):
+    calls, run = asked_lpips(True), types.SimpleNamespace(config=chapter.Config(), rank=1, world=2)
+    monkeypatch.setattr(chapter.dist, "broadcast_object_list", lambda words: words.__setitem__(0, found))
+    chapter.settle_lpips(run)
+    assert run.config.lpips_weights == found and not calls and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random", "backbone.pth"])
+def test_lpips_is_what_is_asked_for(asked_lpips, timeout, capsys, weights):
+    calls, run = asked_lpips(False), types.SimpleNamespace(config=chapter.Config(lpips_weights=weights), rank=0)
+    chapter.settle_lpips(run)
+    assert run.config.lpips_weights == weights and not calls and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -1160,20 +1238,22 @@ def test_a_pickle_that_contains_itself_is_a_user_error(tmp_path):
 # ---- Noise of real pictures ------------------------------------------------------------------------------------------
 
 
-def test_real_pictures_are_inverted_by_their_labels():
+@pytest.mark.parametrize("steps", [2, 3])
+def test_real_pictures_are_inverted_by_their_labels(steps):
+    """In as many Heun steps as are set for that, whatever number makes the pairs."""
     images, labels = chapter.shapes(20, 8)[0], torch.arange(20) % 3
-    run = Recorder(chapter.Config(shard=8, pair_steps=2, invert_noise=0.0, real_pairs=18), 1)
+    run = Recorder(chapter.Config(shard=8, pair_steps=7, invert_steps=steps, invert_noise=0.0, real_pairs=18), 1)
     for classes in (0, 3):
         velocity = Straight(classes)
         data = images, labels if classes else None, []
         noise, x1, own = chapter.invert_pictures(velocity, data, run)
         assert noise.dtype == torch.float16 and noise.shape == (18, 3, 8, 8) and x1 is images and own is data[1]
         torch.testing.assert_close(noise.float(), chapter.to_floats(images[:18]) / 0.3, rtol=2e-3, atol=2e-3)
-        assert len(velocity.labels) == 3 * 4
+        assert len(velocity.labels) == 3 * 2 * steps
         if classes:
-            assert torch.equal(torch.cat(velocity.labels[::4]), labels[:18])
+            assert torch.equal(torch.cat(velocity.labels[::2 * steps]), labels[:18])
         else:
-            assert velocity.labels == [None] * 12
+            assert velocity.labels == [None] * 6 * steps
 
 
 def test_the_noise_mixed_in_before_inverting_depends_on_the_seed_alone():
@@ -1181,7 +1261,7 @@ def test_the_noise_mixed_in_before_inverting_depends_on_the_seed_alone():
     images, made = chapter.shapes(20, 8)[0], []
     for i, seed in enumerate((0, 0, 1)):
         torch.manual_seed(i)
-        run = Recorder(chapter.Config(shard=8, pair_steps=2, invert_noise=0.1, seed=seed), 1)
+        run = Recorder(chapter.Config(shard=8, invert_steps=2, invert_noise=0.1, seed=seed), 1)
         made.append(chapter.invert_pictures(Straight(), (images, None, []), run)[0])
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
     mixed = made[0].float() * (0.1 + 0.9 * 0.3) - 0.9 * chapter.to_floats(images)          # the noise by itself
@@ -1241,7 +1321,8 @@ def test_a_run_leaves_exactly_its_files(finished):
 def test_every_configuration_made_another_network(finished):
     found = [weights(finished.folder / f"{name}.pt") for name in ["teacher", *LADDER]]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
-    assert torch.load(finished.folder / "A-0.pt", weights_only=True)["model"]["model.map_label.weight"].shape[1] == 4
+    content = torch.load(finished.folder / "A-0.pt", weights_only=True)
+    assert content["model"]["model.map_label.weight"].shape[1] == CLASSES
 
 
 def test_results_hold_every_number(finished):
@@ -1251,10 +1332,15 @@ def test_results_hold_every_number(finished):
     for row, in results["configurations"].values():
         assert list(row["FD"]) == ["1", "2", "4", "4 new"] and len(row["error_by_t"]) == 5
         assert list(row["mse"]) == ["1", "2", "4", "8"] and 50 < row["z2"] < 800
+        assert list(row["accuracy"]) == list(row["FD"])
+        assert all(share * 24 in range(25) for share in row["accuracy"].values())
         numbers = [*row["FD"].values(), row["S"], *row["error_by_t"], *row["mse"].values()]
         assert all(math.isfinite(x) and x > 0 for x in numbers)
         assert f"{row['FD']['1']:9.3f}" in finished.out and f"{row['S']:9.2f}" in finished.out
         assert f"{row['mse']['8']:10.3f}{row['z2']:9.0f}" in finished.out
+    below = finished.out.split("accuracy: share", 1)[1].splitlines()[1:9]       # a line for each network
+    for (name, (row,)), line in zip(results["configurations"].items(), below, strict=True):
+        assert line.split() == [name, *(f"{share:.3f}" for share in row["accuracy"].values()), "-"]
 
 
 def test_a_finished_run_is_measured_again_but_not_trained_again(finished, run, here, monkeypatch):
@@ -1300,9 +1386,10 @@ def test_without_labels_by_edms_sampler_with_larger_batches(run, here, monkeypat
     monkeypatch.setattr(chapter, "train", lambda model, loss_fn, config, *rest: (
         sizes.update({rest[0]: (config.batch, len(loss_fn(lambda x, *_: x, None, 0)))})
         or inner(model, loss_fn, config, *rest)))
-    code, _, err = run(*TINY, "--no-conditional", "--pair-solver", "edm", "--big-batch", 2, "--configs", "A", "B", "G",
-                       "--out", "run")
+    code, out, err = run(*TINY, "--no-conditional", "--pair-solver", "edm", "--big-batch", 2, "--out", "run",
+                         "--configs", "A", "B", "G")
     assert code == 0, err
+    assert "accuracy" not in out and "accuracy" not in (here / "run" / "results.json").read_text()      # nothing asked
     assert sizes == {1: (4, 4), 100: (4, 4), 101: (8, 8), 105: (8, 8), 106: (8, 8)}
     assert log_rows(here / "run") == expected_rows("teacher", "A-0", "B-0", "F-0", "G-0")
     assert not any("map_label" in name for name in torch.load(here / "run" / "G-0.pt", weights_only=True)["model"])
@@ -1315,9 +1402,10 @@ def test_a_handful_of_pictures_and_samples_still_makes_figures(run, here, monkey
         Image.new("RGB", (8, 8), (60 * i,) * 3).save(here / "photos" / "greys" / f"{i}.png")
     figures = []
     monkeypatch.setattr(chapter, "draw_samples", lambda strips, *rest: figures.append(list(map(len, strips.values()))))
-    code, _, err = run(*TINY, "--configs", "A", "--data", "photos", "--eval-size", 3, "--out", "run")
+    code, out, err = run(*TINY, "--configs", "A", "--data", "photos", "--eval-size", 3, "--out", "run")
     assert code == 0, err
-    assert sorted(set(map(tuple, map(set, figures)))) == [(4,), (8,)]           # pictures there are; noises of a shard
+    assert sorted(set(map(tuple, map(set, figures)))) == [(2,), (4,)]           # every fifth noise; pictures there are
+    assert "accuracy" not in out and "accuracy" not in (here / "run" / "results.json").read_text()      # no shapes
 
 
 def test_pairs_are_made_by_the_solver_that_is_asked_for(finished, run, here):
@@ -1330,7 +1418,7 @@ def test_pairs_are_made_by_the_solver_that_is_asked_for(finished, run, here):
 
 def asked(finished, method, steps):
     """What sample is called with for the second shard."""
-    flow = chapter.load_flow(finished.folder / "teacher.pt", Recorder(tiny_config(), 4), 3, 4)
+    flow = chapter.load_flow(finished.folder / "teacher.pt", Recorder(tiny_config(), 4), 3, CLASSES)
     index = torch.arange(8, 16)
     return (chapter.Velocity(flow, tiny_config()), chapter.pair_noise(chapter.seed_for(0, 2), index, (3, 8, 8)), index,
             steps, method)
@@ -1350,23 +1438,110 @@ def test_chapter_2s_flow_is_a_teacher(run, here, unmeasured, monkeypatch, starts
     assert log_rows(here / "three") == expected_rows("A-0") and not (here / "three" / "teacher.pt").exists()
     assert not torch.equal(weights(here / "three" / "A-0.pt"), starts["A-0"])
     config = tiny_config()
-    flow = chapter.load_flow(here / "two" / "1-rf.pt", Recorder(config, 4), 3, 4)
+    flow = chapter.load_flow(here / "two" / "1-rf.pt", Recorder(config, 4), 3, CLASSES)
     _, z1 = chapter.make_pairs(chapter.Velocity(flow, config), chapter.seed_for(0, 2), torch.arange(8), config)
     stored = chapter.load_checkpoint(here / "three" / "pairs" / "2-rf" / "00000.pt")["z1"]
     assert torch.equal(chapter.to_bytes(z1), stored)
 
 
+SECOND = Path("runs", "02_reflow", "quick", "1-rf.pt")      # where chapter 2 leaves its network, in this folder
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """The 1-RF of a run of chapter 2, with what settings it shares with this chapter's tiny ones."""
+    script, cwd = load("02_reflow"), tmp_path_factory.mktemp("second")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(cwd)
+        patch.setattr(script, "report", lambda *arguments: None)
+        assert call(script, *SHARED, "--rounds", 1, patch=patch) == 0
+    return cwd / SECOND
+
+
+@pytest.fixture
+def beside(second, here):
+    """The present folder holds chapter 2's run, too."""
+    SECOND.parent.mkdir(parents=True)
+    SECOND.write_bytes(second.read_bytes())
+
+
+def found(**changes):
+    """What chapter_2 finds for the tiny settings with these changes."""
+    return chapter.chapter_2(Recorder(dataclasses.replace(tiny_config(), **changes), 4), "1-rf")
+
+
+def test_the_teacher_trained_here_is_chapter_2s_bit_for_bit(finished, second):
+    assert torch.equal(weights(finished.folder / "teacher.pt"), weights(second))
+
+
+def test_chapter_2s_network_spares_a_teacher(finished, run, here, unmeasured, starts, beside):
+    """And everything after is as if it had been trained here."""
+    code, _, err = run(*TINY, "--configs", "A")
+    assert code == 0, err
+    folder = here / "runs" / NAME / "quick"
+    assert list(starts) == ["A-0"] and torch.equal(starts["A-0"], weights(SECOND))
+    assert log_rows(folder) == expected_rows("A-0") and not (folder / "teacher.pt").exists()
+    assert same_weights(folder, finished.folder, "A-0") and pair_files(folder) == pair_files(finished.folder)
+
+
+def test_a_teacher_that_is_given_goes_before_chapter_2s(run, here, unmeasured, starts, beside):
+    """As does one of this run's own, if chapter 2's had other settings."""
+    flow = chapter.Flow(tiny_config(), 3, CLASSES)
+    chapter.save_checkpoint(here / "mine.pt", config=dataclasses.asdict(tiny_config()), model=flow.state_dict())
+    code, _, err = run(*TINY, "--configs", "A", "--teacher", "mine.pt", "--out", "given")
+    assert code == 0, err
+    assert torch.equal(starts.pop("A-0"), weights(here / "mine.pt"))
+    code, _, err = run(*TINY, "--configs", "A", "--seed", 1, "--out", "own")
+    assert code == 0, err
+    assert torch.equal(starts["A-0"], weights(here / "own" / "teacher.pt"))
+    assert not torch.equal(starts["A-0"], weights(SECOND))
+
+
+OTHER = dict(data="photos", data_size=65, image_size=16, conditional=False, steps=7, batch=8, accumulate=2, channels=8,
+             mult=[1], blocks=2, attention=[8], dropout=0.1, lr=1e-3, lr_decay="constant", warmup=49, grad_clip=2.0,
+             ema_decay=0.9, pairs=25, pair_solver="euler", pair_steps=4, seed=1, preset="gpu")
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_chapter_2s_network_of_other_settings_is_not_taken(beside, name):
+    assert found() == str(SECOND) and found(**{name: OTHER[name]}) == ""
+
+
+def test_chapter_2s_network_is_taken_whatever_else_is_set(beside):
+    """What comes after it, and what may change between two runs; a tuple is as good as a list."""
+    assert found(reflow_steps=5, real_pairs=7, lpips_weight=2.0, invert_steps=9, eval_size=30, log_every=1,
+                 configs=("G",), seeds=3, mult=(1, 1)) == str(SECOND)
+
+
+def test_chapter_2s_network_is_taken_only_if_it_is_finished(beside):
+    assert found() == str(SECOND)
+    content = chapter.load_checkpoint(SECOND)
+    chapter.save_checkpoint(SECOND, **content, optimizer={})
+    assert found() == ""
+    del content["config"]["seed"]                           # made before there was such a setting
+    chapter.save_checkpoint(SECOND, **content)
+    assert found() == ""
+    SECOND.unlink()
+    assert found() == ""
+
+
+def test_chapter_2s_defaults_are_those_of_this_chapter(here):
+    SECOND.parent.mkdir(parents=True)
+    chapter.save_checkpoint(SECOND, config=dataclasses.asdict(load("02_reflow").Config()), model={})
+    assert chapter.chapter_2(Recorder(chapter.Config(), 32), "1-rf") == str(SECOND)
+
+
 def test_nvidias_file_is_a_teacher(run, here, unmeasured, starts):
-    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(4).model))
+    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(CLASSES).model))
     code, _, err = run(*TINY, "--configs", "A", "--teacher", "edm.pkl", "--pair-solver", "edm", "--out", "run")
     assert code == 0, err
-    assert torch.equal(starts["A-0"], torch.cat([p.flatten() for p in tiny_flow(4).state_dict().values()]))
+    assert torch.equal(starts["A-0"], torch.cat([p.flatten() for p in tiny_flow(CLASSES).state_dict().values()]))
 
 
 @pytest.mark.parametrize("args", [["--channels", 8], ["--blocks", 2], ["--mult", 1], ["--attention", 8],
                                   ["--no-conditional"]], ids=str)
 def test_nvidias_file_of_another_shape_names_the_flags(run, here, args):
-    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(4).model))
+    (here / "edm.pkl").write_bytes(edm_pickle(tiny_flow(CLASSES).model))
     code, _, err = run(*TINY, "--teacher", "edm.pkl", "--out", "new/run", *args)
     assert code == 2 and not (here / "new").exists()
     one_line(err, "edm.pkl", "--channels", "--mult", "--blocks", "--attention", "--conditional")
@@ -1414,6 +1589,25 @@ def test_pretrained_lpips_without_a_network_is_one_line(run, here, offline):
     one_line(err, "--lpips-weights random")
 
 
+def test_a_run_offline_has_a_random_lpips_and_says_so(run, here, unmeasured, timeout, offline):
+    """Its record tells which; so the same command goes on, and an explicit random is the same run."""
+    args = [*TINY, "--configs", "F", "--out", "run"]
+    code, out, err = run(*args, "--lpips-weights", "auto")
+    assert code == 0 and out.count("--lpips-weights random") == 1, err
+    assert json.loads((here / "run" / "run.json").read_text())["settings"]["lpips_weights"] == "random"
+    for weights in ("auto", "random"):
+        code, _, err = run(*args, "--lpips-weights", weights)
+        assert code == 0, err
+
+
+def test_a_run_that_finds_a_backbone_records_it(run, here, unmeasured, timeout, asked_lpips):
+    calls = asked_lpips(True)
+    code, out, err = run(*TINY, "--configs", "F", "--out", "run", "--lpips-weights", "auto")
+    assert code == 0 and "--lpips-weights" not in out, err
+    assert json.loads((here / "run" / "run.json").read_text())["settings"]["lpips_weights"] == "pretrained"
+    assert set(calls) == {("squeeze", "pretrained")}
+
+
 def test_lpips_is_not_needed_without_its_configurations(run, here, unmeasured, offline):
     code, _, err = run(*TINY, "--lpips-weights", "pretrained", "--configs", "C", "--out", "run")
     assert code == 0, err
@@ -1421,7 +1615,7 @@ def test_lpips_is_not_needed_without_its_configurations(run, here, unmeasured, o
 
 def test_other_settings_do_not_continue_a_run(finished, run, here):
     folder = copy_run(finished, here)
-    for flag, value, word in [("--lpips-weight", 2, "lpips_weight=4.0"), ("--real-pairs", 8, "real_pairs=16"),
+    for flag, value, word in [("--lpips-weight", 2, "lpips_weight=1.0"), ("--real-pairs", 8, "real_pairs=16"),
                               ("--lr", 1, "lr=0.006")]:
         code, _, err = run(*TINY, "--configs", *"ABCDEFG", flag, value)
         assert code == 2

@@ -4,26 +4,32 @@ Data N(m, s^2) in one dimension, noise N(0, 1): the velocity, the flow's map and
 do are closed forms.  What is copied has tests in its home's file.
 """
 
+import contextlib
+import dataclasses
+import io
 import itertools
 import json
 import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights, torchrun)
+from conftest import (call, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights,
+                      torchrun)
 from PIL import Image
 from torch import nn
 
 NAME = "04_distill"
 chapter = load(NAME)
-TINY = ("--data-size 64 --steps 6 --reflow-steps 4 --distill-steps 4 --pairs 16 --shard 8 --eval-size 24 "
-        "--pair-steps 2 --channels 4 --image-size 8 --mult 1 1 --attention 4 --batch 4 --levels 20 --halvings 2 "
-        "--log-every 2 --device cpu").split()
-STUDENTS = ["direct", "rf", "progressive-2", "progressive-1", "consistency", "ict"]
+SHARED = ("--data-size 64 --steps 6 --reflow-steps 4 --pairs 16 --shard 8 --eval-size 24 --pair-steps 2 --channels 4 "
+          "--image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 --device cpu").split()     # as in chapter 2
+TINY = [*SHARED, *"--distill-steps 4 --levels 20 --halvings 2 --lpips-weights random".split()]
+CLASSES = 32                                                # labels of the shapes: colour, shape, background
+STUDENTS = ["direct", "rf", "longer", "progressive-2", "progressive-1", "consistency", "ict"]
 here, run, finished = fixtures(NAME, TINY, figures=("draw_samples",))
 
 M, S = 0.7, 0.5                                             # data N(M, S^2)
@@ -481,8 +487,10 @@ def test_every_method_costs_per_step_what_the_budget_counts():
         calls.append(1)
         return x
     times = torch.linspace(1, 0, 5, dtype=torch.float64)
-    losses = {"rf": distillation(draw_gaussian, 2), "progressive": progressive(draw_gaussian, teacher, 2, 4),
+    pairs = distillation(draw_gaussian, 2)
+    losses = {"direct": pairs, "rf": pairs, "longer": pairs, "progressive": progressive(draw_gaussian, teacher, 2, 4),
               "consistency": consistency(draw_gaussian, 2, times, teacher), "ict": ict(draw_gaussian, 2)}
+    assert set(losses) == set(chapter.COST)
     for name, loss_fn in losses.items():
         calls.clear()
         loss_fn(Counting(), None, 0).sum().backward()
@@ -497,6 +505,29 @@ def test_the_budget_is_the_same_for_all_methods(solver, per_pair):
     for name in ("progressive", "consistency", "ict"):
         assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), 0)
     assert chapter.spent("2-RF", config) == (0, reflow) and chapter.spent("1-RF", config) == (0, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(pairs=1001, pair_steps=3, reflow_steps=7, distill_steps=5, batch=6),
+                                      dict(pair_solver="euler", distill_steps=1)], ids=str)
+def test_the_longer_control_costs_what_reflow_and_rf_do(settings):
+    """To the last evaluation: two sets of pairs, and the steps of both trainings."""
+    config = chapter.Config(**settings)
+    own, reflow = chapter.spent("longer", config)
+    assert own == sum(chapter.spent("rf", config)) and reflow == 0
+    assert chapter.training_steps(config)["longer"] == config.reflow_steps + config.distill_steps
+
+
+def test_batches_of_two_sets_come_whole_from_either():
+    asked = []
+
+    def draw(i, n):
+        asked.append((i, n))
+        return torch.full((n,), i)
+    torch.manual_seed(0)
+    batches = [chapter.draw_either(partial(draw, 0), partial(draw, 1), 5) for _ in range(400)]
+    found = [batch.unique().tolist() for batch in batches]
+    assert asked == [(i, 5) for i, in found] and {len(batch) for batch in batches} == {5}
+    assert abs(sum(i for i, in found) - 200) < 50           # 5 standard deviations
 
 
 def brute_force(real, fake, k):
@@ -571,13 +602,108 @@ def test_a_run_leaves_what_the_readme_says(finished):
     stages = {f"{name}.{kind}" for name in ["1-rf", "2-rf", *STUDENTS] for kind in ("pt", "csv")}
     assert names == {"run.json", "pairs", "results.json", "methods.png"} | stages
     results = json.loads((finished.folder / "results.json").read_text())["methods"]
-    assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf", "progressive", "consistency", "ict"]
+    assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf", "longer", "progressive", "consistency",
+                             "ict"]
     for name, row in results.items():
         assert f"\n{name:>16}" in finished.out
         assert all(math.isfinite(row[key]) for key in ("precision", "recall", "density", "coverage"))
-        assert all(map(math.isfinite, row["FD"].values())) and (name == "real data" or set(row["FD"]) == {"1", "2"})
+        steps = ["1"] if name in ("direct", "rf", "longer") else ["1", "2"]         # --jumps 1 teaches one
+        assert all(map(math.isfinite, row["FD"].values())) and (name == "real data" or list(row["FD"]) == steps)
         assert name == "real data" or f"{row['evaluations']:,}" in finished.out and math.isfinite(row["to_teacher"])
+        assert (name == "real data") == ("accuracy" not in row)
+        if "accuracy" in row:
+            assert list(row["accuracy"]) == steps
+            assert all(share * 24 in range(25) for share in row["accuracy"].values())
+            line = finished.out.split("network evaluations\n")[1].split(f"\n{name:>16}")[1].split("\n")[0]
+            assert line.split()[len(steps)] == f"{row['accuracy']['1']:.3f}"
     assert "dry run" in finished.out
+    assert json.loads((finished.folder / "run.json").read_text())["settings"]["lpips_weights"] == "random"
+
+
+def test_the_longer_control_learns_from_two_sets_of_1_rfs_pairs(finished):
+    """Those that 2-RF learnt from, and as many of other noises."""
+    velocity = network_of(finished.folder / "1-rf.pt")
+    stored = {name: torch.cat([chapter.load_checkpoint(path)["z1"] for path in sorted(
+        (finished.folder / "pairs" / name).iterdir())]) for name in ("2-rf", "rf", "longer")}
+    assert {len(z1) for z1 in stored.values()} == {16} and not torch.equal(stored["2-rf"], stored["longer"])
+    for name, stream in (("2-rf", 2), ("longer", 8)):
+        z0 = chapter.pair_noise(chapter.seed_for(0, stream), torch.arange(16), (3, 8, 8))
+        z1 = chapter.sample(velocity, z0, torch.arange(16), 2, "heun")
+        assert (chapter.to_bytes(z1).int() - stored[name].int()).abs().max() <= 1       # other batches round otherwise
+    assert chapter.load_checkpoint(finished.folder / "longer.pt")["step"] == 4 + 4
+
+
+def network_of(path):
+    """A finished network of a tiny run, ready to sample."""
+    config = chapter.parse_config(chapter.Config, TINY)
+    run = SimpleNamespace(config=config, device=torch.device("cpu"))
+    return chapter.Velocity(chapter.load_flow(path, run, 3, CLASSES), config)
+
+
+def test_the_longer_control_may_be_left_out(finished, here, run):
+    """It changes no other network."""
+    code, out, err = run(*TINY, "--method", "rf", "--no-longer")
+    folder = here / "runs" / NAME / "quick"
+    assert code == 0 and same_weights(finished.folder, folder, "1-rf", "2-rf", "direct", "rf"), err
+    assert {path.name for path in (folder / "pairs").iterdir()} == {"2-rf", "rf"}
+    results = json.loads((folder / "results.json").read_text())["methods"]
+    assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf"]
+    assert f"\n{'longer':>16}" not in out and not (folder / "longer.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [["--no-conditional"], ["--data", "photos"]], ids=" ".join)
+def test_only_shapes_that_were_asked_for_have_an_accuracy(here, run, flags):
+    (here / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (12 * i, 0, 0)).save(here / "photos" / f"{i}.png")
+    code, out, err = run(*TINY, "--method", "ict", *flags)
+    assert code == 0, err
+    assert "accuracy:" not in out and "accuracy" not in (here / "runs" / NAME / "quick" / "results.json").read_text()
+
+
+def test_accuracy_is_the_share_of_pictures_that_show_their_label(here, monkeypatch):
+    """Every network draws one picture for each label; for every odd one it is another label's."""
+    images, labels = chapter.shapes(2000, 16)
+    first = torch.tensor([(labels == label).nonzero()[0].item() for label in range(CLASSES)])
+    ends = chapter.to_floats(images[first])
+    assert torch.equal(chapter.read_labels(ends), torch.arange(CLASSES))
+    ends[1::2] = ends[1::2].roll(1, 0)
+
+    class Fixed(nn.Module):
+        model = SimpleNamespace(shape=(3, 16, 16), classes=CLASSES)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))     # tells the device
+
+        def forward(self, x, t, labels):
+            return (ends[labels] - x) / (1 - t)[:, None, None, None]
+    config = chapter.parse_config(chapter.Config, [*TINY, "--image-size", "16", "--eval-size", "31", "--out", "run"])
+    run, flow = chapter.Run(config, chapter.__file__), Fixed()
+    run.claim()
+    chapter.report({name: {1: flow, 2: flow} for name in ("1-RF", "ict")}, images, chapter.RandomFeatures(), "", run)
+    rows = json.loads(Path("run", "results.json").read_text())["methods"]
+    for name in ("1-RF", "ict"):
+        assert rows[name]["accuracy"] == {"1": pytest.approx(16 / 31), "2": pytest.approx(16 / 31)}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_lpips_is_settled_before_a_run_and_recorded(here, run, finished, monkeypatch, works):
+    inner = chapter.load_lpips
+
+    def load_lpips(net, weights):
+        if weights == "pretrained" and not works:
+            raise chapter.UserError("no network")
+        return inner(net, "random")
+    monkeypatch.setattr(chapter, "load_lpips", load_lpips)
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    monkeypatch.setattr(chapter.socket, "setdefaulttimeout", lambda seconds: None)      # of the whole process
+    teacher, reflow = finished.folder / "1-rf.pt", finished.folder / "2-rf.pt"
+    code, out, err = run(*TINY, "--method", "rf", "--no-longer", "--teacher", teacher, "--reflow", reflow,
+                         "--lpips-weights", "auto")
+    assert code == 0 and out.count("--lpips-weights random") == (not works), err
+    record = json.loads((here / "runs" / NAME / "quick" / "run.json").read_text())
+    assert record["settings"]["lpips_weights"] == ("pretrained" if works else "random")
 
 
 def test_a_finished_run_is_only_measured_again(finished, here, run):
@@ -592,7 +718,8 @@ def test_each_method_alone_gives_the_same_network_as_all_together(finished, here
     code, _, err = run(*TINY, "--method", method, "--teacher", finished.folder / "1-rf.pt")
     assert code == 0, err
     made = {path.stem for path in (here / "runs" / NAME / "quick").glob("*.pt")}
-    wanted = {"rf": {"2-rf", "direct", "rf"}, "progressive": {"progressive-1", "progressive-2"}}.get(method, {method})
+    more = {"rf": {"2-rf", "direct", "rf", "longer"}, "progressive": {"progressive-1", "progressive-2"}}
+    wanted = more.get(method, {method})
     assert made == wanted
     assert same_weights(finished.folder, here / "runs" / NAME / "quick", *sorted(wanted))
 
@@ -602,7 +729,89 @@ def test_a_given_reflow_is_used(finished, here, run):
     code, _, err = run(*TINY, "--method", "rf", "--teacher", teacher, "--reflow", reflow)
     folder = here / "runs" / NAME / "quick"
     assert code == 0 and same_weights(finished.folder, folder, "rf"), err
-    assert {stage for stage, _ in log_rows(folder)} == {"direct", "rf"}
+    assert {stage for stage, _ in log_rows(folder)} == {"direct", "rf", "longer"}
+
+
+SECOND = Path("runs", "02_reflow", "quick")                 # where chapter 2 leaves its networks, in this folder
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """The networks of a run of chapter 2, with what settings it shares with this chapter's tiny ones."""
+    script, cwd = load("02_reflow"), tmp_path_factory.mktemp("second")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(cwd)
+        patch.setattr(script, "report", lambda *arguments: None)
+        assert call(script, *SHARED, patch=patch) == 0
+    return cwd / SECOND
+
+
+@pytest.fixture
+def beside(second, here):
+    """The present folder holds chapter 2's run, too."""
+    SECOND.mkdir(parents=True)
+    for name in ("1-rf.pt", "2-rf.pt"):
+        (SECOND / name).write_bytes((second / name).read_bytes())
+
+
+def found(name, **changes):
+    """What chapter_2 finds for the tiny settings with these changes."""
+    config = dataclasses.replace(chapter.parse_config(chapter.Config, TINY), **changes)
+    return chapter.chapter_2(SimpleNamespace(config=config), name, **(
+        {"steps": config.reflow_steps} if name == "2-rf" else {}))
+
+
+def test_the_flows_trained_here_are_chapter_2s_bit_for_bit(finished, second):
+    assert same_weights(finished.folder, second, "1-rf", "2-rf")
+
+
+@pytest.mark.parametrize("own", [[], ["2-rf"]], ids=["both", "1-rf alone"])
+def test_chapter_2s_networks_spare_the_same_here(finished, here, run, beside, monkeypatch, own):
+    """And all students are as if they had been trained here."""
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    for name in own:                                        # chapter 2 is still at it
+        path = SECOND / f"{name}.pt"
+        chapter.save_checkpoint(path, **chapter.load_checkpoint(path), optimizer={})
+    code, _, err = run(*TINY)
+    folder = here / "runs" / NAME / "quick"
+    assert code == 0 and {path.stem for path in folder.glob("*.pt")} == {*STUDENTS, *own}, err
+    assert {stage for stage, _ in log_rows(folder)} == {*STUDENTS, *own}
+    assert same_weights(finished.folder, folder, *STUDENTS, *own)
+
+
+def test_chapter_2s_networks_are_not_taken_beside_another_teacher(here, run, beside, monkeypatch):
+    """A 2-RF belongs to its 1-RF; with another seed, neither is taken."""
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    config = chapter.parse_config(chapter.Config, TINY)
+    chapter.save_checkpoint(here / "mine.pt", config=dataclasses.asdict(config),
+                            model=chapter.Flow(config, 3, CLASSES).state_dict())
+    wanted = {"2-rf", "direct", "rf", "longer"}
+    for flags, more in ((["--teacher", "mine.pt"], set()), (["--seed", "1"], {"1-rf"})):
+        code, _, err = run(*TINY, "--method", "rf", "--out", flags[0].strip("-"), *flags)
+        assert code == 0 and {path.stem for path in (here / flags[0].strip("-")).glob("*.pt")} == wanted | more, err
+
+
+@pytest.mark.parametrize("name, value", [("seed", 1), ("steps", 7), ("pairs", 17), ("pair_steps", 3), ("batch", 8),
+                                         ("conditional", False), ("mult", [1]), ("dropout", 0.1), ("lr", 1e-3)])
+def test_chapter_2s_networks_of_other_settings_are_not_taken(beside, name, value):
+    for stage in ("1-rf", "2-rf"):
+        assert found(stage) == str(SECOND / f"{stage}.pt")
+        if (stage, name) != ("2-rf", "steps"):              # those are reflow_steps
+            assert found(stage, **{name: value}) == ""
+
+
+def test_reflow_steps_tell_chapter_2s_second_flow_alone(beside):
+    assert found("1-rf", reflow_steps=5) and not found("2-rf", reflow_steps=5)
+    assert found("2-rf", distill_steps=9, student_lr=1.0, levels=10, student_dropout=0.1, jumps=2)
+
+
+def test_chapter_2s_defaults_are_those_of_this_chapter(here):
+    SECOND.mkdir(parents=True)
+    theirs, config = load("02_reflow").Config(), chapter.Config()
+    for name, steps in (("1-rf", theirs.steps), ("2-rf", theirs.reflow_steps)):
+        chapter.save_checkpoint(SECOND / f"{name}.pt", config=dataclasses.asdict(theirs) | {"steps": steps}, model={})
+    run = SimpleNamespace(config=config)
+    assert chapter.chapter_2(run, "1-rf") and chapter.chapter_2(run, "2-rf", steps=config.reflow_steps)
 
 
 @pytest.mark.parametrize("stage, step", [("direct", 2), ("progressive-1", 2), ("consistency", 4), ("ict", 4)])
@@ -698,7 +907,7 @@ def test_pictures_are_those_of_the_network_in_the_file(finished, here, run, name
     index = torch.arange(5)
     z0 = chapter.pair_noise(chapter.seed_for(0, 999), index, (3, 8, 8))
     t = torch.full((5,), start)
-    expected = chapter.jump(partial(flow, labels=index % 4), (1 - start) * z0, t)
+    expected = chapter.jump(partial(flow, labels=index % CLASSES), (1 - start) * z0, t)
     expected = chapter.to_bytes(expected).permute(0, 2, 3, 1).numpy()
     assert pictures(here / "drawn") == [row.tobytes() for row in expected]
 

@@ -26,8 +26,8 @@ COMMON = ("--compile --no-conditional --data-size 32 --steps 3 --reflow-steps 3 
           "--pair-steps 2 --channels 4 --image-size 8 --mult 1 --attention 4 --batch 4 --log-every 2 --device cpu ")
 TINY = {
     "02_reflow": COMMON + "--pairs 12",
-    "03_improved_training": COMMON + "--pairs 12 --configs A G --real-steps 2 --real-pairs 16",
-    "04_distill": COMMON + "--pairs 8 --distill-steps 4 --levels 20 --halvings 2",
+    "03_improved_training": COMMON + "--pairs 12 --lpips-weights random --configs A G --real-steps 2 --real-pairs 16",
+    "04_distill": COMMON + "--pairs 8 --lpips-weights random --distill-steps 4 --levels 20 --halvings 2",
 }
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import load
 from PIL import Image, PngImagePlugin
 from scipy.linalg import sqrtm
@@ -39,37 +40,82 @@ def picture(path, colour=(200, 30, 30), mode="RGB", size=(40, 24), **save):
 
 def test_shapes_have_the_promised_types_and_depend_on_the_seed_alone():
     state = torch.get_rng_state()
-    images, labels, captions = m.shapes(300, 16, seed=3)
+    images, labels = m.shapes(300, 16, seed=3)
     assert images.shape == (300, 3, 16, 16) and images.dtype == torch.uint8
-    assert labels.shape == (300,) and labels.dtype == torch.int64 and len(captions) == 300
-    assert set(labels.tolist()) == set(range(len(m.SHAPES)))
+    assert labels.shape == (300,) and labels.dtype == torch.int64
+    assert set(labels.tolist()) == set(range(len(m.shape_captions())))
     again = m.shapes(300, 16, seed=3)
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1]) and captions == again[2]
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     assert not torch.equal(images, m.shapes(300, 16, seed=4)[0])
     assert torch.equal(state, torch.get_rng_state())        # the global generator is left alone
 
 
 def test_shape_i_does_not_depend_on_n():
-    many, few = m.shapes(5000, 16), m.shapes(7, 16)         # 5000 is more than one chunk
-    assert torch.equal(many[0][:7], few[0]) and many[2][:7] == few[2]
+    many, few = m.shapes(2500, 16), m.shapes(1030, 16)      # three chunks, two chunks
+    assert torch.equal(many[0][:1030], few[0]) and torch.equal(many[1][:1030], few[1])
+    assert torch.equal(many[0][:7], m.shapes(7, 16)[0])
     assert m.shapes(0, 16)[0].shape == (0, 3, 16, 16)
 
 
+def test_every_caption_is_one_colour_shape_and_background():
+    captions = m.shape_captions()
+    assert len(captions) == len(set(captions)) == len(m.SHAPES) * len(m.COLOURS) * len(m.BACKGROUNDS) == 32
+    assert captions[0] == "a red circle on a white background"
+    assert captions[31] == "a yellow cross on a black background"
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    """shapes() without light and grain."""
+    def flat(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(m, "pair_noise", lambda seed, index, shape: torch.zeros(len(index), *shape))
+            return m.shapes(*arguments)
+    return flat
+
+
+FILLED = dict(circle=math.pi / 4, square=1, triangle=1 / 2, cross=1 - 0.65**2)      # share of the square around a shape
+
+
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_captions_match_the_pixels(size):
-    """The colour named is at the shape's centre of mass; the frame is background; label and caption agree."""
-    images, labels, captions = m.shapes(400, size, seed=1)
+def test_captions_match_the_pixels(size, flat):
+    """The colour named is at the shape's centre of mass; the frame is background; the area is that of the shape."""
+    images, labels = flat(400, size, 1)
     frame = torch.ones(size, size, dtype=torch.bool)
     frame[1:-1, 1:-1] = False
-    for image, label, caption in zip(images, labels, captions):
-        _, colour, shape, _, _, background, _ = caption.split()
-        assert shape == m.SHAPES[label]
+    for image, label in zip(images, labels):
+        _, colour, shape, _, _, background, _ = m.shape_captions()[label].split()
         ground = torch.tensor(m.BACKGROUNDS[background], dtype=torch.uint8)
         assert (image[:, frame] == ground[:, None]).all()               # the shape is wholly inside
         row, column = (image != ground[:, None, None]).any(0).nonzero().double().mean(0).round().long()
         if size > 8:                                                    # there the arms of a cross are a blend
             assert image[:, row, column].tolist() == list(m.COLOURS[colour])
+        if size == 64:
+            change = (image.double() - ground[:, None, None]).abs().sum(0)
+            cover = change / change.max()
+            share = cover.sum() / cover.sum(1).max() ** 2
+            assert shape == min(FILLED, key=lambda name: abs(share - FILLED[name]))
         assert tuple(m.COLOURS[colour]) != tuple(m.BACKGROUNDS[background])
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_light_and_grain_are_all_that_differs_from_flat_pictures(size, flat):
+    """Each picture has a linear light of sigma 0.12 in both directions, equal in all colours, and grain of 0.04."""
+    lit, plain = m.shapes(2000, size, 2), flat(2000, size, 2)
+    assert torch.equal(lit[1], plain[1])
+    ramp = torch.linspace(-1, 1, size, dtype=torch.float64)
+    basis = torch.stack([torch.ones(size, size), ramp.expand(size, size), ramp[:, None].expand(size, size)], -1)
+    middle = slice(size // 4, -size // 4)                   # less light there: hardly a pixel is out of range
+    change = (m.to_floats(lit[0]) - m.to_floats(plain[0])).double()[:, :, middle, middle].flatten(2)
+    basis = basis[middle, middle].reshape(-1, 3).double()
+    fit = torch.linalg.lstsq(basis, change.mean(1).T).solution.T                    # (2000, 3): constant, across, down
+    assert fit[:, 0].abs().max() < 0.04 and fit[:, 1:].mean(0).abs().max() < 5 * 0.12 / 2000**0.5
+    assert fit[:, 1:].std(0).sub(0.12).abs().max() < 5 * 0.12 / 4000**0.5
+    assert torch.corrcoef(fit[:, 1:].T)[0, 1].abs() < 5 / 2000**0.5
+    grain = change - (fit @ basis.T)[:, None]
+    assert grain.std() == pytest.approx(0.04, rel=0.03)
+    assert torch.corrcoef(grain.transpose(0, 1).flatten(1)).fill_diagonal_(0).abs().max() < 0.05    # of three colours
+    assert abs(torch.corrcoef(torch.stack([grain[1:].flatten(), grain[:-1].flatten()]))[0, 1]) < 0.05
 
 
 def test_shapes_cover_the_area_that_geometry_says():
@@ -84,15 +130,121 @@ def test_shapes_cover_the_area_that_geometry_says():
 
 
 def test_all_combinations_occur_equally_often():
-    captions = m.shapes(12000, 16)[2]
-    counts = [captions.count(caption) for caption in set(captions)]
-    kinds = len(m.SHAPES) * len(m.COLOURS) * len(m.BACKGROUNDS)
-    assert len(counts) == kinds and max(abs(c - 12000 / kinds) for c in counts) < 5 * (12000 / kinds) ** 0.5
+    counts = m.shapes(12000, 16)[1].bincount()
+    kinds = len(m.shape_captions())
+    assert len(counts) == kinds and (counts - 12000 / kinds).abs().max() < 5 * (12000 / kinds) ** 0.5
 
 
 def test_load_data_gives_the_shapes_of_the_seed():
     images, labels, names = m.load_data(some_run("shapes", seed=5))
-    assert torch.equal(images, m.shapes(50, 16, 5)[0]) and names == list(m.SHAPES) and len(labels) == 50
+    expected = m.shapes(50, 16, 5)
+    assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1]) and names == m.shape_captions()
+
+
+# ---- Reading labels off pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_true_pictures_are_read_without_a_mistake(size):
+    images, labels = m.shapes(300, size, 5)
+    assert torch.equal(m.read_labels(m.to_floats(images)), labels)
+
+
+def test_a_picture_is_read_alike_in_any_batch():
+    images = m.to_floats(m.shapes(40, 16, 6)[0])
+    whole = m.read_labels(images)
+    assert torch.equal(whole, torch.cat([m.read_labels(batch) for batch in images.split(7)]))
+    assert whole.dtype == torch.int64 and whole.shape == (40,)
+
+
+def noise_of(*shape):
+    """Standard normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+NO_SHAPES = {
+    "noise": lambda images: noise_of(*images.shape).clamp(-1, 1),
+    "white": torch.ones_like,
+    "black": lambda images: -torch.ones_like(images),
+    "grey": torch.zeros_like,
+    "colours": lambda images: noise_of(len(images), 3, 1, 1).clamp(-1, 1).expand_as(images),
+    "light": lambda images: 0.8 + 0.3 * torch.linspace(-1, 1, 16).expand_as(images),
+}
+
+
+@pytest.mark.parametrize("how", NO_SHAPES)
+def test_noise_and_flat_pictures_show_nothing(how):
+    assert (m.read_labels(NO_SHAPES[how](m.to_floats(m.shapes(100, 16, 7)[0]))) == -1).all()
+
+
+def test_a_blur_of_two_shapes_is_none():
+    """The mean of pictures of other colours: none if the backgrounds differ; on one, hardly ever one of the two.
+
+    Means of one colour on one background are left out: where one shape covers the other, they look like a soft shape.
+    """
+    images, labels = m.shapes(1200, 16, 7)
+    one, two = m.to_floats(images).chunk(2)
+    (a, b), read = labels.chunk(2), m.read_labels((one + two) / 2)
+    colour, ground = a // 8 != b // 8, a % 2 != b % 2
+    assert ground.sum() > 200 and (read[ground] == -1).all()
+    here = colour & (a // 2 % 4 != b // 2 % 4) & ~ground
+    assert here.sum() > 120 and (read[here] == -1).double().mean() > 0.9
+    assert ((read == -1) | (read == a) | (read == b))[colour].all()
+
+
+def test_a_blurred_picture_is_none():
+    images = m.to_floats(m.shapes(100, 16, 7)[0])
+    blurred = F.avg_pool2d(F.pad(images, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    assert (m.read_labels(blurred) == -1).double().mean() > 0.95
+
+
+def test_a_little_noise_is_forgiven_and_much_is_not():
+    images, labels = m.shapes(200, 16, 8)
+    images = m.to_floats(images)
+    noise = noise_of(*images.shape)
+    assert (m.read_labels((images + 0.1 * noise).clamp(-1, 1)) == labels).double().mean() > 0.95
+    assert (m.read_labels(images + 0.7 * noise) == -1).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("across, down", [(0.5, 0), (0, -0.5), (-0.4, 0.4)])
+def test_light_is_subtracted(size, across, down):
+    """A light as strong as four sigmas of the pictures' own does not matter; a light outside the range may."""
+    images, labels = m.shapes(200, size, 9)
+    ramp = torch.linspace(-1, 1, size)
+    light = across * ramp + down * ramp[:, None]
+    assert torch.equal(m.read_labels(m.to_floats(images) + light), labels)
+
+
+ANOTHER = {"circle": "square", "square": "triangle", "triangle": "cross", "cross": "circle", "white": "black",
+           "black": "white", "red": "blue", "blue": "yellow", "yellow": "green", "green": "red"}
+
+
+def asked_for(n, size=16):
+    """Pictures in [-1, 1], the i-th of label i mod 32."""
+    images, labels = m.shapes(60 * n // 32 + 1000, size, 10)
+    number = [(labels == label).nonzero()[:, 0] for label in range(32)]
+    return m.to_floats(images[[number[i % 32][i // 32] for i in range(n)]])
+
+
+@pytest.mark.parametrize("n", [32, 1010])
+def test_accuracy_is_the_share_of_pictures_that_show_what_was_asked_for(n):
+    images = asked_for(n)                                   # 1010: batches of 500, 500 and 10
+    assert m.accuracy(images) == 1
+    half = images.clone()
+    half[::2] = images[1::2]                                # of the label that follows
+    assert m.accuracy(half) == 0.5
+    half[::2] = 0                                           # no shape
+    assert m.accuracy(half) == 0.5
+    half[5:] = 0
+    assert m.accuracy(half) == 2 / n                        # numbers 1 and 3
+
+
+@pytest.mark.parametrize("word", [1, 2, 5])
+def test_another_colour_shape_or_background_is_wrong(word):
+    captions = m.shape_captions()
+    wrong = [" ".join(ANOTHER[w] if i == word else w for i, w in enumerate(caption.split())) for caption in captions]
+    assert m.accuracy(asked_for(32)[[captions.index(caption) for caption in wrong]]) == 0
 
 
 # ---- Image folders ---------------------------------------------------------------------------------------------------
