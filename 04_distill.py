@@ -1600,7 +1600,7 @@ def settle_lpips(run):
             load_lpips(run.config.lpips_net, "pretrained")
         except UserError:
             found = ["random"]
-            print("LPIPS: no trained backbone to be had: a dry run, as by --lpips-weights random, which also takes a file")
+            print("no trained backbone for LPIPS: a dry run, as by --lpips-weights random (which takes a file, too)")
         socket.setdefaulttimeout(None)
     if run.world > 1:
         dist.broadcast_object_list(found)                   # all processes learn by one distance
