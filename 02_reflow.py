@@ -249,7 +249,7 @@ def report(flows, images, features, distance, run):
 def evaluate(velocity, real, features, run):
     """Numbers of one flow, and pictures for the figure.  real: moments of the training set's features."""
     readable = run.config.data == "shapes" and velocity.classes
-    result = {"FD": {}, "NFE": {}} | ({"accuracy": {}} if readable else {})
+    result = {"FD": {}, "NFE": {}}
     pictures = {}
     for steps, method in [(1, "euler"), (2, "euler"), (4, "euler"), (8, "euler"), (run.config.digits, "rk45")]:
         name = f"N = {steps}" if method == "euler" else method
@@ -257,7 +257,7 @@ def evaluate(velocity, real, features, run):
         result["FD"][name] = frechet_from_moments(*feature_moments(images, features, run.device), *real)
         pictures[name] = images[:60:5]                      # of every colour
         if readable:
-            result["accuracy"][name] = accuracy(images)
+            result.setdefault("accuracy", {})[name] = accuracy(images)
     index = torch.arange(run.config.shard, device=run.device)
     x0 = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     flow = partial(velocity, labels=index % velocity.classes if velocity.classes else None)
@@ -492,7 +492,7 @@ def to_device(images, device):
 SHAPES = ["circle", "square", "triangle", "cross"]
 COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
 BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
-SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+SIZES = (0.32, 0.45)                                        # half widths from, to; of the side but for a pixel's rim
 
 
 def shape_captions():

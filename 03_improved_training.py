@@ -381,12 +381,12 @@ def evaluate(velocity, draw, real, few, run):
     """Every number of one network.  real: feature network, moments of the data;  few: pictures and labels to invert."""
     feature_network, moments_of_data = real
     readable = run.config.data == "shapes" and velocity.classes
-    row = {"FD": {}, "mse": {}} | ({"accuracy": {}} if readable else {})
+    row = {"FD": {}, "mse": {}}
     for name, steps, method in [("1", 1, "euler"), ("2", 2, "euler"), ("4", 4, "euler"), ("4 new", 4, "new")]:
         images, _ = generate(velocity, run, steps, method)
         row["FD"][name] = frechet_from_moments(*feature_moments(images, feature_network, run.device), *moments_of_data)
         if readable:
-            row["accuracy"][name] = accuracy(images)
+            row.setdefault("accuracy", {})[name] = accuracy(images)
     index = torch.arange(run.config.shard, device=run.device)
     noise = pair_noise(seed_for(run.config.seed, 999), index, velocity.shape)
     noise_labels = index % velocity.classes if velocity.classes else None
@@ -451,20 +451,22 @@ def print_table(results, distance, run):
           "inversion: squared error of real pictures after 8 steps to their noise z and 8 back, and |z|^2")
     print("                 N=1      N=2      N=4  N=4 new    +-(N=1)        S  error by t" + 28 * " " + "8+8    |z|^2")
     for name, rows in results.items():
-        distances = np.array([list(row["FD"].values()) for row in rows])
-        means = "".join(f"{mean:9.3f}" for mean in distances.mean(0))
-        spread = f"{distances[:, 0].std(ddof=1):11.3f}" if len(rows) > 1 else f"{'-':>11}"
         errors = "".join(f"{error:6.3f}" for error in np.mean([row["error_by_t"] for row in rows], 0))
         straight, back, z2 = np.mean([(row["S"], row["mse"]["8"], row["z2"]) for row in rows], 0)
-        print(f"{name:<11}{means}{spread}{straight:9.2f} {errors}{back:10.3f}{z2:9.0f}")
+        print(f"{name:<11}{over_seeds(rows, 'FD')}{straight:9.2f} {errors}{back:10.3f}{z2:9.0f}")
     if "accuracy" in results["teacher"][0]:
         print("accuracy: share of these samples that show their caption; it forgives soft edges, the distance does not")
         for name, rows in results.items():
-            shares = np.array([list(row["accuracy"].values()) for row in rows])
-            spread = f"{shares[:, 0].std(ddof=1):11.3f}" if len(rows) > 1 else f"{'-':>11}"
-            print(f"{name:<11}" + "".join(f"{mean:9.3f}" for mean in shares.mean(0)) + spread)
+            print(f"{name:<11}{over_seeds(rows, 'accuracy')}")
     if {"E", "F", "G"} & set(results) and run.config.lpips_weights == "random":
         print("LPIPS had a random, untrained backbone (--lpips-weights random): a dry run of E, F, G")
+
+
+def over_seeds(rows, key):
+    """The columns of one measure: means over the seeds' rows, and the standard deviation of the one-step number."""
+    numbers = np.array([list(row[key].values()) for row in rows])
+    spread = f"{numbers[:, 0].std(ddof=1):11.3f}" if len(rows) > 1 else f"{'-':>11}"
+    return "".join(f"{mean:9.3f}" for mean in numbers.mean(0)) + spread
 
 
 # ---- Networks of others: LPIPS, and NVIDIA's EDM as a teacher --------------------------------------------------------
@@ -1225,7 +1227,7 @@ def to_device(images, device):
 SHAPES = ["circle", "square", "triangle", "cross"]
 COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
 BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
-SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+SIZES = (0.32, 0.45)                                        # half widths from, to; of the side but for a pixel's rim
 
 
 def shape_captions():

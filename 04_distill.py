@@ -263,9 +263,9 @@ def main(config):
     classes = len(names) if config.conditional else 0
     torch.manual_seed(seed_for(config.seed, 0))             # the start weights
     flow = Flow(config, 3, classes)
-    paths = [config.teacher, config.reflow]
-    if not config.teacher and chapter_2(run, "1-rf"):
-        paths = [chapter_2(run, "1-rf"), config.reflow or chapter_2(run, "2-rf", steps=config.reflow_steps)]
+    paths = [config.teacher or chapter_2(run, "1-rf"), config.reflow]
+    if paths[0] and not (config.teacher or config.reflow):  # with chapter 2's 1-RF goes its 2-RF
+        paths[1] = chapter_2(run, "2-rf", steps=config.reflow_steps)
     teacher, reflowed = [load_flow(path, run, 3, classes) if path else None for path in paths]
     draw = partial(draw_independent, to_device(images, run.device), labels.to(run.device) if classes else None)
     if teacher is None:                                     # pair_loss: chapter 2's, among the copies below
@@ -353,13 +353,13 @@ def report(networks, images, features, label, run):
     strips = {"1-RF, 20 evaluations": ends[:80:5]}
     readable = config.data == "shapes" and config.conditional
     for name, by_steps in networks.items():
-        row = {"FD": {}} | ({"accuracy": {}} if readable else {})
+        row = {"FD": {}}
         for nfe, flow in by_steps.items():
             pictures = generate(Velocity(flow, config), run, nfe, "jumps" if name in JUMPERS else "euler")
             found = image_features(pictures, features, run.device)
             row["FD"][str(nfe)] = frechet_from_moments(*moments(found), *statistics)
             if readable:
-                row["accuracy"][str(nfe)] = accuracy(pictures)
+                row.setdefault("accuracy", {})[str(nfe)] = accuracy(pictures)
             if nfe == 1:
                 row |= manifold_metrics(real, found[:size])
                 row["to_teacher"] = (pictures - ends).square().mean().item()
@@ -1222,7 +1222,7 @@ def to_device(images, device):
 SHAPES = ["circle", "square", "triangle", "cross"]
 COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
 BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
-SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+SIZES = (0.32, 0.45)                                        # half widths from, to; of the side but for a pixel's rim
 
 
 def shape_captions():

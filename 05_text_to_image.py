@@ -435,8 +435,9 @@ def report(run, prompts, networks):
 
 def measure(sampler, run, features):
     """Of config.eval_size pictures: moments of features, captions read off them, and the first 96, for the grid."""
-    known = shape_captions() + [""]                         # label -1: no shape
+    known = shape_captions()
     readable = set(sampler.prompts.texts) <= set(known)     # other prompts cannot be read off a picture
+    known.append("")                                        # label -1: no shape
     rows = []
     captions = []
     first = []
@@ -485,10 +486,11 @@ def tiny_teacher(run):
     """A Stable Diffusion of the smallest size from nothing, on captioned shapes: VAE, then text encoder and U-Net."""
     config = run.config
     images, labels = shapes(config.data_size, config.image_size, config.seed)
-    captions = [shape_captions()[label] for label in labels]
+    names = shape_captions()
+    captions = [names[label] for label in labels]
     run.claim()
     if run.rank == 0:
-        write_vocabulary(shape_captions(), run.folder / "tokenizer")
+        write_vocabulary(names, run.folder / "tokenizer")
     run.wait()
     tokenizer = CLIPTokenizer(run.folder / "tokenizer" / "vocab.json", run.folder / "tokenizer" / "merges.txt")
     configs = tiny_configs(config, tokenizer.vocab)
@@ -2145,7 +2147,7 @@ def to_bytes(images):
 SHAPES = ["circle", "square", "triangle", "cross"]
 COLOURS = dict(red=(210, 50, 58), green=(50, 162, 74), blue=(58, 82, 210), yellow=(226, 194, 42))
 BACKGROUNDS = dict(white=(230, 230, 230), black=(26, 26, 26))
-SIZES = (0.32, 0.45)                                        # least and largest half width, in picture sides
+SIZES = (0.32, 0.45)                                        # half widths from, to; of the side but for a pixel's rim
 
 
 def shape_captions():

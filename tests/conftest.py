@@ -93,19 +93,33 @@ def fixtures(name, tiny, figures, shorten=None):
 
     @pytest.fixture(scope="module")
     def finished(tmp_path_factory):
-        cwd, out = tmp_path_factory.mktemp("finished"), io.StringIO()
+        cwd = tmp_path_factory.mktemp("finished")
         if shorten:
-            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-                patch.chdir(cwd)
-                shorten(patch)
-                assert call(chapter, *tiny, patch=patch) == 0
+            out = run_inside(chapter, *tiny, cwd=cwd, change=shorten)
         else:
             result = run_script(name, *tiny, cwd=cwd)
             assert result.returncode == 0, result.stderr
-            out.write(result.stdout)
-        return Finished(cwd / "runs" / name / "quick", out.getvalue())
+            out = result.stdout
+        return Finished(cwd / "runs" / name / "quick", out)
 
     return here, run, finished
+
+
+def run_inside(script, *args, cwd, change):
+    """A whole run in the folder `cwd`, in this process, of a script after change(patch).  Returns what it printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(cwd)
+        change(patch)
+        assert call(script, *args, patch=patch) == 0
+    return out.getvalue()
+
+
+def networks_of_chapter_2(cwd, *args):
+    """Let chapter 2 train in the folder `cwd`, without its report; the folder where its networks lie."""
+    script = load("02_reflow")
+    run_inside(script, *args, cwd=cwd, change=lambda patch: patch.setattr(script, "report", lambda *arguments: None))
+    return cwd / "runs" / "02_reflow" / "quick"
 
 
 def call(script, *args, patch):

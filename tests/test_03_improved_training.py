@@ -29,8 +29,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import (call, copy_run, driver, fixtures, kill_after_row, kill_in_shard, load, log_rows, one_line,
-                      same_weights, torchrun, weights)
+from conftest import (call, copy_run, driver, fixtures, kill_after_row, kill_in_shard, load, log_rows,
+                      networks_of_chapter_2, one_line, same_weights, torchrun, weights)
 from PIL import Image
 from scipy.integrate import trapezoid
 from scipy.stats import chi2, kstest, norm
@@ -1450,12 +1450,7 @@ SECOND = Path("runs", "02_reflow", "quick", "1-rf.pt")      # where chapter 2 le
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     """The 1-RF of a run of chapter 2, with what settings it shares with this chapter's tiny ones."""
-    script, cwd = load("02_reflow"), tmp_path_factory.mktemp("second")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.chdir(cwd)
-        patch.setattr(script, "report", lambda *arguments: None)
-        assert call(script, *SHARED, "--rounds", 1, patch=patch) == 0
-    return cwd / SECOND
+    return networks_of_chapter_2(tmp_path_factory.mktemp("second"), *SHARED, "--rounds", 1) / SECOND.name
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ Data N(m, s^2) in one dimension, noise N(0, 1): the velocity, the flow's map and
 do are closed forms.  What is copied has tests in its home's file.
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -18,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (call, copy_run, driver, fixtures, kill_after_row, load, log_rows, one_line, same_weights,
-                      torchrun)
+from conftest import (copy_run, driver, fixtures, kill_after_row, load, log_rows, networks_of_chapter_2, one_line,
+                      same_weights, torchrun)
 from PIL import Image
 from torch import nn
 
@@ -738,12 +736,7 @@ SECOND = Path("runs", "02_reflow", "quick")                 # where chapter 2 le
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     """The networks of a run of chapter 2, with what settings it shares with this chapter's tiny ones."""
-    script, cwd = load("02_reflow"), tmp_path_factory.mktemp("second")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.chdir(cwd)
-        patch.setattr(script, "report", lambda *arguments: None)
-        assert call(script, *SHARED, patch=patch) == 0
-    return cwd / SECOND
+    return networks_of_chapter_2(tmp_path_factory.mktemp("second"), *SHARED)
 
 
 @pytest.fixture
