@@ -190,7 +190,7 @@ class Config:
     pair_steps: Count = 8                                   # its steps (heun: two evaluations each)
     longer: bool = True                                     # the control: direct at the cost of reflow and rf together
     jumps: Count = 1                                        # rf and direct learn k steps: times 0, 1/k, ..., (k-1)/k
-    lpips_share: Share = 0.5                                # last share of distill_steps: LPIPS in place of squares
+    lpips_share: Share = 0.5                                # last part, LPIPS for squares; a tenth of it if random
     lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"    # LPIPS backbone
     lpips_size: Annotated[int, 32, 512] = 64                # LPIPS sees pictures of this side (the papers: 224)
     lpips_weights: str = "auto"                             # pretrained (downloaded), random, auto (either), a file
@@ -294,8 +294,9 @@ def distil_pairs(lesson, reflowed, run):
         more = stored_pairs("longer", flow, 8, run)
         lessons.append(("longer", flow, partial(draw_either, curved, more), 9))
     networks = {"2-RF": {1: reflowed, 2: reflowed}}
+    share = config.lpips_share * (0.1 if config.lpips_weights == "random" else 1)       # long, it only harms then
     for name, start, draw, stream in lessons:
-        squares = round(training_steps(config)[name] * (1 - config.lpips_share))
+        squares = round(training_steps(config)[name] * (1 - share))
         on_pairs = Lesson(partial(draw, run.share), distance=lesson.distance, squares=squares)
         loss = partial(distillation_loss, lesson=on_pairs, jumps=config.jumps)
         student = train_student(name, start, loss, stream, run)

@@ -579,6 +579,18 @@ def test_lpips_takes_over_from_squares_at_the_switch():
     assert torch.allclose(loss(3), expected) and not torch.allclose(expected, squared(z0, z1))
 
 
+@pytest.mark.parametrize("weights, expected", [("random", 95), ("pretrained", 50)])
+def test_an_untrained_distance_gets_a_tenth_of_the_steps(monkeypatch, weights, expected):
+    squares = []
+    monkeypatch.setattr(chapter, "stored_pairs", lambda *about: None)
+    monkeypatch.setattr(chapter, "train_student", lambda name, start, loss, stream, run:
+                        squares.append(loss.keywords["lesson"].squares))
+    config = chapter.Config(distill_steps=100, lpips_share=0.5, lpips_weights=weights, longer=False)
+    lesson = chapter.Lesson(None, SimpleNamespace(flow=None))
+    chapter.distil_pairs(lesson, object(), SimpleNamespace(config=config, share=2))
+    assert squares == [expected, expected]
+
+
 def test_students_learn_from_lpips():
     """The target is its second picture, which gets no gradient: the other way round they would learn nothing."""
     z1, z0 = torch.rand(2, 2, 3, 16, 16) * 2 - 1
