@@ -579,16 +579,25 @@ def test_lpips_takes_over_from_squares_at_the_switch():
     assert torch.allclose(loss(3), expected) and not torch.allclose(expected, squared(z0, z1))
 
 
-@pytest.mark.parametrize("weights, expected", [("random", 95), ("pretrained", 50)])
-def test_an_untrained_distance_gets_a_tenth_of_the_steps(monkeypatch, weights, expected):
-    squares = []
-    monkeypatch.setattr(chapter, "stored_pairs", lambda *about: print)
-    monkeypatch.setattr(chapter, "train_student", lambda name, start, loss, stream, run:
-                        squares.append(loss.keywords["lesson"].squares))
-    config = chapter.Config(distill_steps=100, lpips_share=0.5, lpips_weights=weights, longer=False)
-    lesson = chapter.Lesson(None, SimpleNamespace(flow=None))
-    chapter.distil_pairs(lesson, object(), SimpleNamespace(config=config, share=2))
-    assert squares == [expected, expected]
+@pytest.mark.parametrize("weights, share", [("random", 0.05), ("pretrained", 0.5)])
+def test_what_each_student_of_pairs_starts_from_and_learns(monkeypatch, weights, share):
+    """Of an untrained distance it gets a tenth of the steps."""
+    curved, straight, students = object(), object(), {}
+
+    def student(name, start, loss, stream, run):
+        lesson = loss.keywords["lesson"]
+        students[name] = start, *lesson.draw(), lesson.squares
+    monkeypatch.setattr(chapter, "stored_pairs", lambda name, flow, stream, run: lambda n: (flow, stream, n))
+    monkeypatch.setattr(chapter, "train_student", student)
+    config = chapter.Config(distill_steps=100, reflow_steps=300, lpips_share=0.5, lpips_weights=weights)
+    lesson = chapter.Lesson(None, SimpleNamespace(flow=curved))
+    seen = set()
+    for _ in range(20):                                     # `longer` draws from either set: 1 in 2^20 misses one
+        chapter.distil_pairs(lesson, straight, SimpleNamespace(config=config, share=3))
+        seen.add(students["longer"])
+    assert students["direct"] == (curved, curved, 2, 3, 100 - 100 * share)
+    assert students["rf"] == (straight, straight, 3, 3, 100 - 100 * share)
+    assert seen == {(curved, curved, stream, 3, 400 - 400 * share) for stream in (2, 8)}
 
 
 def test_students_learn_from_lpips():
