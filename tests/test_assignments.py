@@ -1,14 +1,16 @@
 """The homework: solutions earn all points, releases none, planted mistakes their own; hostile notebooks break nothing.
 
-Everything is graded by a few server processes that import torch once and fork for every exercise (grader.py).
+Everything is graded by a few server processes that import torch once and fork for every submission (grader.py).
 """
 import copy
+import csv
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,24 @@ def test_release_writes_the_student_versions(tmp_path, capsys):
     assert "overwritten" in capsys.readouterr().err
 
 
+def test_a_bundle_is_all_that_students_need_and_no_more(tmp_path, capsys):
+    """In its folder the cells that are not for writing run, and the first exercise says that it is not written yet."""
+    release_main(["--bundle", str(tmp_path / "new" / "class.zip")])
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'class.zip'}\n"
+    with zipfile.ZipFile(tmp_path / "new" / "class.zip") as bundle:
+        bundle.extractall(tmp_path)
+        names = {name.removeprefix("rectified-flow/") for name in bundle.namelist()}
+    ours = {f"notebooks/assignments/{name}" for name in ["checks.py", *(f"{name}.ipynb" for name in HOMEWORKS)]}
+    assert names == {path.name for path in ROOT.glob("0*.py")} | ours | {"requirements.txt", "LICENSE"}
+    folder = tmp_path / "rectified-flow" / "notebooks" / "assignments"
+    for name in HOMEWORKS:
+        assert json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8")) == release(source(name))
+    cells = [cell["source"] for cell in json.loads((folder / "hw1.ipynb").read_text())["cells"]]
+    code = "\n".join(["".join(cells[i]) for i in (1, 2, 4)] + ["interpolate(1, 2, 3)"])
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert "NotImplementedError: Hint: give t one trailing axis" in run.stderr, run.stderr
+
+
 def test_every_notebook_finds_the_scripts_by_the_same_cell():
     first = {}
     for path in (ROOT / "notebooks").glob("**/*.ipynb"):
@@ -251,6 +271,7 @@ def test_a_solution_runs_from_top_to_bottom(name, monkeypatch):
 # ---- Hostile and clumsy submissions ----------------------------------------------------------------------------------
 
 GOOD = "\n\n" + find(source("hw1"), "hw1-interpolate")["source"]
+GOOD_LOSS = "\n\n" + find(source("hw1"), "hw1-loss")["source"]
 HOSTILE = {                                                 # code of interpolate's cell, words of the feedback
     "raises": ("raise RuntimeError('boo')", "RuntimeError: boo"),
     "raises after the definition": (GOOD + "\n1 / 0", None),
@@ -279,27 +300,64 @@ HOSTILE = {                                                 # code of interpolat
                          "ch1.interpolate = None\ntorch.set_grad_enabled(False)\n"
                          "torch.set_default_dtype(torch.float64)\n"
                          "def interpolate(x0, x1, t):\n    return x1", "expected"),
-    "overwrites builtins": ("import builtins\nbuiltins.len = builtins.all = builtins.zip = builtins.AssertionError = 0\n"
+    "overwrites builtins": ("import builtins\nbuiltins.len = builtins.all = builtins.zip = 0\n"
+                            "builtins.AssertionError = 0\n"
                             "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "returns nonsense": ("class Yes:\n    shape = (2, 2)\n    def __eq__(self, other): return True\n"
                          "def interpolate(*a):\n    return Yes()", "which is no tensor"),
-    "has magics": ("%matplotlib inline\n!ls" + GOOD, None),
+    "kills the grader": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", None),
+}
+LINE = "return x0 + t.reshape(len(t), *[1] * (x0.dim() - 1)) * (x1 - x0)"
+HONEST = {                                                  # what people write in Jupyter: code of interpolate's cell
+    "line magics": "%matplotlib inline\n%load_ext autoreload\n%no_such_magic 3" + GOOD + "\n    %time len(x0)",
+    "a cell magic": "%%time" + GOOD,
+    "shell commands": "!pip install torch\nif True:\n    !ls\nthree = !echo 3\nONE = int(three[0]) - 2"
+                      + GOOD.replace("[1]", "[ONE]"),
+    "a question mark": "torch.ones?\n?torch.ones" + GOOD,
+    "await": "import asyncio\nONE = await asyncio.sleep(0, 1)" + GOOD.replace("[1]", "[ONE]"),
+    "display": GOOD.replace("    return", "    display(time)\n    get_ipython()\n    return"),
+    "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Line:\n"
+                   "    x0: torch.Tensor\n    x1: Tensor\n    def at(self, t):\n"
+                   "        x0, x1 = self.x0, self.x1\n        " + LINE + "\n"
+                   "def interpolate(x0, x1, t):\n    return Line(x0, x1).at(t)",
+    "pickle": "import pickle\nclass Line:\n    def at(self, x0, x1, t):\n        " + LINE + "\n"
+              "line = pickle.loads(pickle.dumps(Line()))\ninterpolate = line.at",
+    "a compiled function": "@torch.jit.script\ndef mix(x0, x1, time):\n    return x0 + time * (x1 - x0)\n"
+                           + GOOD.replace("x0 + time * (x1 - x0)", "mix(x0, x1, time)"),
+    "a main guard": "def main():\n    globals()['ONE'] = 1\nif __name__ == '__main__':\n    main()"
+                    + GOOD.replace("[1]", "[ONE]"),
+    "a percent sign in brackets": "ONE = (7\n% 3)" + GOOD.replace("[1]", "[ONE]"),
+    "a no-break space": "\u00a0\n" + GOOD.replace("x0 + time", "x0\u00a0+ time"),
+    "another device": "torch.set_default_device('meta')" + GOOD,
+    "another device on the way": GOOD.replace("    return", "    torch.set_default_device('cpu')\n    return"),
+    "a method of tensors": "torch.Tensor.like = lambda t, x: t.reshape(len(t), *[1] * (x.dim() - 1))\n"
+                           "def interpolate(x0, x1, t):\n    return x0 + t.like(x0) * (x1 - x0)",
 }
 
 
 @pytest.fixture(scope="module")
 def hostile():
-    """Reports of the hostile and the clumsy, by one server with a short time limit."""
-    notebooks = {name: answer("hw1", "interpolate", code) for name, (code, _) in HOSTILE.items()} | clumsy()
+    """Reports of the hostile, the honest and the clumsy, by one server with a short time limit."""
+    notebooks = {name: answer("hw1", "interpolate", code) for name, (code, _) in HOSTILE.items()}
+    notebooks |= {name: answer("hw1", "interpolate", code) for name, code in HONEST.items()} | clumsy()
     return dict(zip(notebooks, grade_all(notebooks.values(), seconds=4)))
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "kills the grader"])
 def test_a_hostile_cell_costs_its_own_exercise(hostile, name):
     words = HOSTILE[name][1]
     assert lost(hostile[name]) == (["hw1-interpolate"] if words else []), hostile[name]
     assert (words or "") in message(hostile[name], "hw1-interpolate")
-    assert all(len(e["output"]) < 3000 and len(e["message"]) < 3000 for e in hostile[name]["exercises"])
+    assert len(hostile[name]["output"]) < 3000 and all(len(e["message"]) < 5000 for e in hostile[name]["exercises"])
+
+
+def test_who_kills_the_grader_is_alone_without_points(hostile):
+    assert "killed the grader (signal 9)" in hostile["kills the grader"]["error"]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_what_jupyter_runs_earns_its_points(hostile, name):
+    assert lost(hostile[name]) == [], hostile[name]
 
 
 def without(*grade_ids):
@@ -331,21 +389,40 @@ def clumsy():
     wrong = answer("hw1", "loss", "def flow_matching_loss(*a):\n    return 0.0")
     for cell in wrong["cells"]:
         weaker(cell)
-    helper = source("hw1")                                  # the function stands in a cell of the student's own
-    code, place = find(helper, "hw1-euler")["source"], helper["cells"].index(find(helper, "hw1-euler"))
-    find(helper, "hw1-euler")["source"] = "euler = my_euler"
-    helper["cells"].insert(place, {"cell_type": "code", "metadata": {}, "outputs": [],
-                                   "source": code.replace("def euler", "def my_euler")})
+    straight = find(source("hw1"), "hw1-straightness")["source"].replace("len(path) - 1", "len(path) - ONE")
+    figure = answers("hw1", {"straightness": straight})
+    next(cell for cell in figure["cells"] if cell["source"].startswith("# Not graded"))["source"] += "\nONE = 1"
+    euler = find(source("hw1"), "hw1-euler")["source"]
+    locked = answers("hw1", {"euler": "@wraps(print)\n" + euler})
+    find(locked, "hw1-setup")["source"] += "\nfrom functools import wraps"
     return {"no loss": without("hw1-loss"), "no checks": without("hw1-loss-check", "hw1-setup", "hw1-tools"),
-            "edited checks": wrong, "own cell": helper, "no metadata": changed(bare), "no cells": {"cells": [{}]},
-            "another notebook": {"cells": [{"cell_type": "code", "source": "x = 1"}]}}
+            "edited checks": wrong, "an import in a locked cell": locked, "no metadata": changed(bare),
+            "a name of the figure's cell": figure,
+            "own cell above": with_cell("hw1-euler", 0, euler.replace("def euler", "def mine"), euler="euler = mine"),
+            "own cell below": with_cell("hw1-euler-check", 1, euler.replace("def euler", "def mine"),
+                                        euler="def euler(*args):\n    return mine(*args)"),
+            "a name used twice": with_cell("hw1-euler-check", 1, "def mine():\n    return 0",
+                                           euler=euler.replace("euler", "mine") + "\neuler = lambda *a: mine(*a)"),
+            "a name of a check": answers("hw1", {"loss": "ones = torch.ones_like(x0)" + GOOD_LOSS}),
+            "after the last check": with_cell("hw1-straightness-check", 1, "import os\nos.kill(os.getppid(), 9)"),
+            "no cells": {"cells": [{}]}, "another notebook": {"cells": [{"cell_type": "code", "source": "x = 1"}]}}
+
+
+def with_cell(grade_id, below, code, **codes):
+    """Homework 1 with an own cell above (0) or below (1) one of ours, and other code in the cells of some exercises."""
+    notebook = answers("hw1", codes)
+    place = notebook["cells"].index(find(notebook, grade_id)) + below
+    notebook["cells"].insert(place, {"cell_type": "code", "metadata": {}, "outputs": [], "source": code})
+    return notebook
 
 
 def test_missing_moved_and_edited_cells(hostile):
     """Deleted cells cost their own exercise, edited checks change nothing, lost metadata needs --homework."""
     assert lost(hostile["no loss"]) == lost(hostile["edited checks"]) == ["hw1-loss"]
     assert "is missing in this notebook" in message(hostile["no loss"], "hw1-loss")
-    assert lost(hostile["no checks"]) == lost(hostile["own cell"]) == []
+    for name in ("no checks", "own cell above", "own cell below", "a name used twice", "an import in a locked cell",
+                 "a name of a check", "a name of the figure's cell", "after the last check"):
+        assert lost(hostile[name]) == [], hostile[name]
     assert sum(e["points"] for e in hostile["edited checks"]["exercises"]) == 13
     assert "--homework" in hostile["no metadata"]["error"] and "--homework" in hostile["another notebook"]["error"]
     assert "no notebook" in hostile["no cells"]["error"]
@@ -370,32 +447,117 @@ def pytest_here(*arguments, cwd):
 def test_the_command_line_prints_points_and_writes_results(tmp_path):
     """Of a notebook without metadata, in a folder where a student's conftest.py lies about that must not be run."""
     homework, exercise, code, words = WRONG_ANSWERS[0]
-    notebook = answer(homework, exercise, code)
+    notebook = answer(homework, exercise, code + "\nprint('a hidden test')")
     for cell in notebook["cells"]:
         bare(cell)
-    (tmp_path / "my_hw.ipynb").write_text(json.dumps(notebook))
+    (tmp_path / "my_hw.ipynb").write_text(json.dumps(notebook), encoding="utf-8-sig")
     (tmp_path / "conftest.py").write_text("raise SystemExit('a conftest of the submission was run')")
-    run = pytest_here(FOLDER, "--submission=my_hw.ipynb", "--homework=hw1", "--results=results.json", cwd=tmp_path)
+    command = [FOLDER, "--submission=my_hw.ipynb", "--homework=hw1", "--results=a/new/results.json"]
+    run = pytest_here(*command, cwd=tmp_path)
     assert run.returncode == 1, run.stdout + run.stderr
     assert "  0 / 2  hw1-interpolate" in run.stdout and "  3 / 3  hw1-loss" in run.stdout and words in run.stdout
     assert "score 11 / 13" in run.stdout and "4 passed" in run.stdout
-    results = json.loads((tmp_path / "results.json").read_text())
+    text = (tmp_path / "a" / "new" / "results.json").read_text()
+    results = json.loads(text)
     assert results["score"] == 11 and len(results["tests"]) == 5
     assert results["tests"][0] | {"output": ""} == {"name": "hw1-interpolate", "score": 0, "max_score": 2, "output": "",
                                                     "visibility": "visible", "status": "failed"}
     assert words in results["tests"][0]["output"] and results["tests"][1]["score"] == 3
+    assert "a hidden test" not in text
+    pytest_here(*command, "--printed", cwd=tmp_path)
+    assert "a hidden test" in json.loads((tmp_path / "a" / "new" / "results.json").read_text())["output"]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "nothing to grade: python -m pytest notebooks/assignments --submission my_hw1.ipynb"),
-    (["--submission=nowhere.ipynb"], "cannot read"),
-    (["--submission=text.ipynb"], "is no notebook"),
+@pytest.mark.parametrize("arguments, words, graded", [
+    ([], "nothing to grade: python -m pytest notebooks/assignments --submission my_hw1.ipynb", False),
+    (["--submission=nowhere.ipynb"], "cannot read", True),
+    (["--submission="], "Is a directory", True),            # Gradescope's recipe, where no notebook was handed in
+    (["--submission=text.ipynb"], "is no notebook", True),
 ])
-def test_what_is_wrong_with_the_command_is_said_in_one_line(tmp_path, arguments, words):
+def test_what_is_wrong_with_the_command_is_said_in_one_line(tmp_path, arguments, words, graded):
+    """And a submission that cannot be graded has 0 points in the results, with the same words."""
     (tmp_path / "text.ipynb").write_text("def interpolate(): ...")
-    run = pytest_here(FOLDER, *arguments, cwd=tmp_path)
+    run = pytest_here(FOLDER, *arguments, "--results=results.json", cwd=tmp_path)
     lines = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
     assert run.returncode == 4 and len(lines) == 1 and words in lines[0], run.stdout + run.stderr
+    assert (tmp_path / "results.json").exists() == graded
+    if graded:
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["score"] == 0 and words in results["output"]
+
+
+DOCKER = """#!{python}
+# Stands for docker: runs the command of `docker run` here, with its folders in place of the container's.
+import shutil, subprocess, sys, tempfile
+folders = {{"/flows": ".", "/in": tempfile.mkdtemp()}}
+for mount in [sys.argv[i + 1] for i, word in enumerate(sys.argv) if word == "-v"]:
+    here, there = mount.removesuffix(":ro").split(":")
+    if there.startswith("/in/"):
+        shutil.copy(here, folders["/in"] + there[3:])
+    else:
+        folders[there] = here
+if sys.argv[1] == "run":
+    def real(word):
+        return next((path + word[len(a):] for a, path in folders.items() if (word + "/").startswith(a + "/")), word)
+    command = sys.argv[sys.argv.index("flows") + 1:]
+    subprocess.run([{python!r}, *map(real, command[1:])])
+"""
+
+
+def test_the_guides_own_commands_run_as_written(tmp_path):
+    """All but nbgrader's (below), in a copy of the repository; pip does nothing, docker runs its command right here."""
+    files = [*ROOT.glob("0*.py"), *FOLDER.glob("*.py"), *FOLDER.glob("*.ipynb")]
+    for path in [*files, ROOT / "requirements.txt", ROOT / "LICENSE"]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    (tmp_path / "bin").mkdir()
+    for name, text in {"pip": "#!/bin/sh\n", "docker": DOCKER.format(python=sys.executable)}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "submitted").mkdir()
+    (tmp_path / "submitted" / "Zoë Łove.ipynb").write_text(json.dumps(source("hw1")), encoding="utf-8-sig")
+    (tmp_path / "submitted" / "aaron.ipynb").write_text("no notebook")
+    (tmp_path / "my_hw1.ipynb").write_text(json.dumps(source("hw1")))
+    guide = (FOLDER / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", guide, re.S) if "nbgrader" not in block]
+    paths = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    git = "git init -q . && git add -A && git -c user.name=a -c user.email=a@b commit -qm all\n"
+
+    def table():
+        with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
+            return {line["submission"]: line for line in csv.DictReader(file)}
+
+    def bash(block):
+        run = subprocess.run(["bash", "-c", block], cwd=tmp_path, env={**os.environ, "PATH": os.pathsep.join(paths)},
+                             capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert "not found" not in run.stderr and "No such file" not in run.stderr, run.stderr
+        return run.stdout
+    first, container, grading, gradescope = blocks
+    assert "score 0 / 13" in bash(first)
+    assert {line["score"] for line in table().values()} == {"0"} and len(table()) == len(HOMEWORKS)
+    assert (tmp_path / "class.zip").exists()
+    for block in (container, grading):
+        (tmp_path / "grades.csv").unlink()
+        bash(block)
+        rows = table()
+        assert {name: line["score"] for name, line in rows.items()} == {"Zoë Łove.ipynb": "13", "aaron.ipynb": "0"}
+        assert rows["Zoë Łove.ipynb"]["hw1-loss"] == "3" and "is no notebook" in rows["aaron.ipynb"]["feedback"]
+    assert json.loads((tmp_path / "results" / "my_hw1.json").read_text())["score"] == 13
+    bash(git + gradescope)
+    with zipfile.ZipFile(tmp_path / "autograder.zip") as file:
+        assert {"setup.sh", "run_autograder", "flows/notebooks/assignments/grader.py"} <= set(file.namelist())
+
+
+def test_the_guide_counts_the_points(reports):
+    """Of all exercises, and of each homework in its table and its schedule."""
+    guide = (FOLDER / "README.md").read_text(encoding="utf-8")
+    sums = [sum(e["points"] for e in report["exercises"]) for report in reports[:len(HOMEWORKS)]]
+    by_hand = sum(sum(report["by_hand"].values()) for report in reports[:len(HOMEWORKS)])
+    assert f"({sum(sums)} points)" in guide and f"{sum(sums) + by_hand} points together" in guide
+    for name, points in zip(HOMEWORKS, [*map(str, sums[:-1]), f"{sums[-1]} + {by_hand}"]):
+        assert re.search(rf"^\| `{name}` \|.*\| {re.escape(points)} \| \d", guide, re.M)
+    weeks = [int(points) for points in re.findall(r"^\| \d \|.*\| (\d+) \|$", guide, re.M)]
+    assert len(weeks) == 4 and sum(weeks) == sum(sums) + by_hand
 
 
 def test_pytest_of_the_whole_repository_collects_no_homework(tmp_path):

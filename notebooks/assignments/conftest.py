@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))    # this folder is a package only so that names do not clash
-from grader import GradingError, grade_all
+from grader import GradingError, grade_all, score
 
 REPORT = pytest.StashKey()
 
@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     group.addoption("--submission", help="the notebook to grade")
     group.addoption("--homework", help="which homework it is (hw1 ... hw5), if its cells have lost their grade_ids")
     group.addoption("--results", help="also write Gradescope's results.json to this path")
+    group.addoption("--printed", action="store_true", help="with --results: also what the submission printed")
     group.addoption("--time-limit", type=int, default=60, help="seconds for a cell, and for a check (%(default)s)")
     group.addoption("--memory", type=int, default=4096, help="MiB that a submission may take (%(default)s; Linux)")
 
@@ -27,19 +28,34 @@ def pytest_sessionstart(session):
 
     pytest does not call this when it finds this folder only while it collects the whole repository: nothing to grade.
     """
-    config = session.config
-    if not config.option.submission:
+    config, option = session.config, session.config.option
+    if option.submission is None:
         raise pytest.UsageError("nothing to grade: python -m pytest notebooks/assignments --submission my_hw1.ipynb")
-    path = Path(config.invocation_params.dir, config.option.submission)
+    path = Path(config.invocation_params.dir, option.submission)
     try:
-        report = grade_all([path], config.option.homework, config.option.time_limit, config.option.memory)[0]
+        report = grade_all([path], option.homework, option.time_limit, option.memory)[0]
+        write_results(report, config)
         if "error" in report:
             raise GradingError(report["error"])
-    except GradingError as error:
+    except (GradingError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[REPORT] = report
-    if config.option.tbstyle == "auto":                     # the summary below says it all, once
-        config.option.tbstyle, config.pluginmanager.get_plugin("terminalreporter").reportchars = "no", ""
+    if option.tbstyle == "auto":                            # the summary below says it all, once
+        option.tbstyle, config.pluginmanager.get_plugin("terminalreporter").reportchars = "no", ""
+
+
+def write_results(report, config):
+    """Gradescope's results.json, if asked for; a notebook that cannot be graded has 0 points and the reason."""
+    if not config.option.results:
+        return
+    tests = [{"name": e["name"], "score": e["score"], "max_score": e["points"], "visibility": "visible",
+              "status": "passed" if e["score"] == e["points"] else "failed", "output": e["message"]}
+             for e in report.get("exercises", [])]
+    text = report.get("error") or (report["output"] if config.option.printed else "")
+    path = Path(config.invocation_params.dir, config.option.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"score": score(report)[0], "output": text, "tests": tests}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -51,11 +67,6 @@ def pytest_generate_tests(metafunc):
     """An exercise, a test."""
     exercises = metafunc.config.stash[REPORT]["exercises"]
     metafunc.parametrize("exercise", exercises, ids=[exercise["name"] for exercise in exercises])
-
-
-def score(report):
-    """Points and their sum."""
-    return sum(e["score"] for e in report["exercises"]), sum(e["points"] for e in report["exercises"])
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -72,16 +83,3 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, points in report["by_hand"].items():
         write(f"  ? / {points}  {name}: graded by hand")
     write("score {} / {}".format(*score(report)))
-
-
-def pytest_sessionfinish(session):
-    """Gradescope's results.json."""
-    report, path = session.config.stash.get(REPORT, None), session.config.getoption("results", None)
-    if report is None or not path:
-        return
-    tests = [{"name": e["name"], "score": e["score"], "max_score": e["points"], "visibility": "visible",
-              "status": "passed" if e["score"] == e["points"] else "failed",
-              "output": "\n".join(filter(None, [e["message"], e["output"] and f"printed:\n{e['output']}"]))}
-             for e in report["exercises"]]
-    content = {"score": score(report)[0], "tests": tests}
-    Path(session.config.invocation_params.dir, path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,21 +1,27 @@
-"""Grade homework notebooks: a submission is untrusted code, so every exercise runs in a process of its own.
+"""Grade homework notebooks: a submission is untrusted code, so it runs in a process of its own, as it does in Jupyter.
 
-A server process imports torch and the scripts once, then forks for every exercise.  The child runs the student's cells,
-puts back whatever they changed in torch, the scripts and the checks, and runs the check cell of *our* source notebook.
-Time (per cell and per check), memory and output are bounded; a child that exits, hangs or crashes costs its exercise.
-A cell that hangs or kills its process is left out when the other exercises are graded.
+    python notebooks/assignments/grader.py submitted --csv grades.csv      # a folder of notebooks; one: see README.md
+
+A server process imports torch, IPython and the scripts once, then forks for every submission.  The child runs the cells
+in their order, in IPython.  In place of a check cell it puts back what the student changed in torch, the scripts and
+the checks, and runs the check cell of *our* source notebook.  Time (per cell and per check), memory and output are
+bounded.  A cell or check that hangs or kills the process costs its exercise: the notebook is run again without it.
 
 This protects the grading against accidents and simple tricks.  It is no sandbox: submissions run as your user and can
 read and write your files, so grade in a container (README.md).
 """
+import argparse
 import builtins
+import csv
 import gc
+import importlib.util
 import inspect
 import json
 import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +29,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("hw[0-9].ipynb"))
@@ -40,10 +47,18 @@ class GradingError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Step(NamedTuple):
+    """What a child runs next: a cell of the student's, or the check of an exercise."""
+    label: str                                              # grade_id of a cell, or "cell 7"
+    code: str
+    check: str = ""                                         # grade_id of the check; "" for a cell
+    ours: bool = False                                      # a cell as it was handed out: its errors teach nothing
+
+
 def read_notebook(path):
     """A notebook's JSON with sources as strings.  GradingError for anything else."""
     try:
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+        notebook = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         cells = notebook["cells"]
         for cell in cells:
             cell["source"] = "".join(cell["source"])
@@ -78,27 +93,36 @@ class Homework:
                 begin = [line for line in cell["source"].split("\n") if "BEGIN SOLUTION" in line]
                 self.hints[mark["grade_id"]] = hint(begin[0]) if begin else ""
         self.ids = {cell["mark"].get("grade_id") for cell in notebook["cells"]} - {None}
-        self.known = {"".join(cell["source"]).strip() for cell in release(notebook, self.name)["cells"]
-                      if not cell["mark"].get("solution")}
+        self.released = {"".join(cell["source"]).strip(): cell["mark"].get("grade_id")
+                         for cell in release(notebook, self.name)["cells"] if not cell["mark"].get("solution")}
 
-    def student_cells(self, submission):
-        """(name, code) of the cells to run: the solutions, and what the student added; ours only from our source."""
-        cells = []
+    def steps(self, submission):
+        """The Steps of a submission, in its order, up to its last graded cell.
+
+        A check stands where its cell stands, since a later cell may use a name for something else.  All checks come
+        once more at the end, for what is still without points: their cells were deleted, or a helper stands below them.
+        """
+        steps, end, waiting = [], 0, set(self.exercises)
         for number, cell in enumerate(submission["cells"], 1):
-            ours = cell["source"].strip() in self.known or cell["mark"].get("grade") or cell["mark"].get("locked")
-            if cell["kind"] == "code" and not (ours and not cell["mark"].get("solution")):
-                cells.append((cell["mark"].get("grade_id") or f"cell {number}", without_magics(cell["source"])))
-        return cells
+            text, name = cell["source"].strip(), cell["mark"].get("grade_id")
+            check = name if name in self.exercises else self.released.get(text)
+            if cell["kind"] == "code" and check in waiting:
+                waiting.remove(check)                       # a second copy is a cell like any other
+                steps.append(self.check(check))
+            elif cell["kind"] == "code":
+                steps.append(Step(name or f"cell {number}", cell["source"], "", text in self.released))
+            if check in self.exercises or name in self.hints:
+                end = len(steps)
+        return steps[:end or None] + [self.check(check) for check in self.exercises]
+
+    def check(self, name):
+        """The Step of an exercise's check."""
+        return Step(name, self.exercises[name][1], name)
 
     def missing(self, submission):
-        """grade_ids of solution cells that a submission lacks."""
+        """grade_ids of solution cells that a submission lacks; none if it has lost all of them."""
         present = {cell["mark"].get("grade_id") for cell in submission["cells"]}
-        return [name for name in self.hints if name not in present]
-
-
-def without_magics(source):
-    """%magics and !commands are no Python: leave them out."""
-    return "\n".join("pass" if re.match(r"[%!]", line) else line for line in source.split("\n"))
+        return [name for name in self.hints if name not in present and present & self.ids]
 
 
 def homework_of(submission, wanted=None):
@@ -136,7 +160,8 @@ class Guard:
         for owner, names in self.owners:
             now = dict(vars(owner))
             for name in now.keys() - names.keys() if inspect.isclass(owner) else ():
-                delattr(owner, name)                        # it hid the name of a base class
+                if any(name in vars(base) for base in owner.__mro__[1:]):
+                    delattr(owner, name)                    # it hid the name of a base class
             for name, value in names.items():
                 if now.get(name, self) is not value:
                     setattr(owner, name, value)
@@ -166,7 +191,7 @@ def bound(seconds, memory):
 def explain(error, hint):
     """What a student reads about an exception that their code, or the check, raised."""
     if isinstance(error, AssertionError):
-        return str(error) or "a check failed"
+        return str(error)[:4000] or "a check failed"
     if isinstance(error, NotImplementedError):
         return f"NotImplementedError: not written yet. Hint: {hint}"
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
@@ -181,46 +206,101 @@ def explain(error, hint):
     return f"{type(error).__name__}: {text}{where[-1] if where else ''}"
 
 
-def run_cells(names, cells, skip, progress):
-    """Run a submission's cells in `names`, but those to skip.  An error ends its cell only.  Returns {cell: error}."""
-    errors = {}
-    for number, (label, code) in enumerate(cells):
-        if number in skip:
-            continue
-        progress(number)
-        try:
-            exec(compile(code, f"<{label}>", "exec", dont_inherit=True), names)
-        except BaseException as error:                      # SystemExit too: a notebook would go on as well
-            errors[label] = explain(error, "")
-    return errors
+def new_shell():
+    """IPython, which runs the cells in Jupyter: magics, `!`, `?`, await and display work.  A process has one at most.
+
+    It keeps no history (that would be a thread, which does not survive a fork) and prints no tracebacks.
+    """
+    from IPython.core.compilerop import CachingCompiler
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    class Compiler(CachingCompiler):
+        label = "cell"
+
+        def get_code_name(self, raw_code, transformed_code, number):
+            return f"<{self.label}>"
+
+    class Shell(InteractiveShell):
+        compiler_class = Compiler
+
+        def run_line_magic(self, magic_name, line, _stack_depth=1):
+            try:                                            # one that only the student's machine has costs no points
+                return super().run_line_magic(magic_name, line, _stack_depth + 1)
+            except Exception as error:
+                print(f"%{magic_name}: {error}")
+
+        def silent(self, *args, **kwargs):
+            pass
+        showtraceback = showsyntaxerror = enable_gui = ask_exit = silent
+
+    shell = Shell.instance(config=Config(HistoryManager={"enabled": False}))
+    shell.system = shell.system_raw                         # without a terminal of its own, which a fork may not get
+    return shell
 
 
-def run_check(fresh, names, code):
-    """Run our check on a submission's names; the names of our setup cells win over the student's."""
+def run_cell(step):
+    """Run a cell of the student's.  Returns what its error teaches, or "".  SystemExit too: a notebook would go on."""
+    from IPython import get_ipython
+    shell = get_ipython()
+    shell.compile.label = step.label
+    code = step.code.replace("\N{NO-BREAK SPACE}", " ")     # it comes along when code is copied from a web page
+    result = shell.run_cell(code, store_history=False)
+    error = result.error_before_exec or result.error_in_exec
+    return explain(error, "") if error else ""
+
+
+def run_check(fresh, names, step):
+    """Run our check on a submission's names; the names of our setup cells win over the student's.
+
+    As in Jupyter, later cells may use what a check has made, such as its x0.
+    """
     import torch
     torch.set_grad_enabled(True)
+    torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    exec(compile(code, "<check>", "exec", dont_inherit=True), {**names, **fresh, "__name__": "check"})
-
-
-def child(job, fresh, guard, say, secret):
-    """All of a child's life.  say: writes a line to the parent; secret: reads what the verdict must start with."""
-    bound(job["seconds"] * (len(job["cells"]) + 2) + 1, job["memory"])
-    names = dict(fresh)
-    errors = run_cells(names, job["cells"], job["skip"], lambda number: say(str(number)))
-    guard.restore()
-    say(str(len(job["cells"])))
-    key, passed, message = secret(), False, ""
+    scope = {**names, **fresh, "__name__": "check"}
     try:
-        run_check(fresh, names, job["check"])
-        passed = True
-    except BaseException as error:
-        message = explain(error, job["hint"])
+        exec(compile(step.code, "<check>", "exec", dont_inherit=True), scope)
+    finally:
+        for name in scope:
+            names.setdefault(name, scope[name])
+
+
+def judge(fresh, names, guard, step, hint):
+    """The verdict of one check, as a dict.  later: what it needs may stand further down in the notebook."""
+    verdict = {"check": step.check, "passed": True, "message": "", "later": False}
     guard.restore()
+    try:
+        run_check(fresh, names, step)
+    except BaseException as error:
+        later = isinstance(error, (NameError, NotImplementedError))
+        verdict |= {"passed": False, "message": explain(error, hint), "later": later}
+    guard.restore()
+    return verdict
+
+
+def child(job, fresh, guard, say):
+    """All of a child's life.  say: tells the parent the number of the step that begins, or a dict."""
+    from IPython import get_ipython
+    bound(job["seconds"] * (len(job["steps"]) + 2) + 1, job["memory"])
+    names, waiting = get_ipython().user_ns, set(job["waiting"])
+    names.update(fresh)
+    for number, step in enumerate(job["steps"]):
+        if number in job["skip"] or step.check and step.check not in waiting:
+            continue
+        say(number)
+        if step.check:
+            verdict = judge(fresh, names, guard, step, job["hints"][step.check])
+            if not verdict["later"]:
+                waiting.remove(step.check)
+            say(verdict)
+        else:
+            error = run_cell(step)
+            say({"cell": step.label, "error": "" if step.ours else error})
     sys.__stdout__.flush(), sys.__stderr__.flush()
-    verdict = {"passed": passed, "message": message, "errors": errors}
-    say(key + json.dumps(verdict))
+    say({"end": True})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,35 +309,37 @@ def child(job, fresh, guard, say, secret):
 
 
 def fork(job, fresh, guard):
-    """Start a child in a session of its own.  Returns its pid, where it speaks, its output, and the secret."""
-    talk, output, whisper = os.pipe(), os.pipe(), os.pipe()
+    """Start a child in a session of its own.  Returns its pid, where it speaks, its output, and a secret.
+
+    What it says starts with the secret, so that a submission that writes a verdict to every open file earns nothing.
+    """
+    talk, output, secret = os.pipe(), os.pipe(), secrets.token_hex(16)
     pid = os.fork()
     if pid:
-        for end in (talk[1], output[1], whisper[0]):
-            os.close(end)
-        secret = secrets.token_hex(16)
-        os.write(whisper[1], secret.encode())
-        os.close(whisper[1])
+        os.close(talk[1]), os.close(output[1])
         return pid, talk[0], output[0], secret
+
+    def say(what):
+        os.write(talk[1], (str(what) if isinstance(what, int) else secret + json.dumps(what)).encode() + b"\n")
     try:
         os.setsid()
         for end, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (output[1], 1), (output[1], 2)):
             os.dup2(end, standard)
-        low, high = sorted((talk[1], whisper[0]))           # whatever else the server has open is not for submissions
-        os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, 1024)
+        os.closerange(3, talk[1]), os.closerange(talk[1] + 1, 1024)    # what the server has open is not for submissions
         os.chdir(tempfile.mkdtemp(prefix="homework-", dir=job["scratch"]))
-        child(job, fresh, guard, lambda line: os.write(talk[1], line.encode() + b"\n"),
-              lambda: os.read(whisper[0], 100).decode())
+        for script in HERE.parents[1].glob("0*.py"):
+            shutil.copy(script, ".")                        # the first cell of a notebook looks for them
+        child(job, fresh, guard, say)
     finally:
         os._exit(0)
 
 
 def watch(job, fresh, guard):
-    """Run one exercise in a child.  Returns (verdict or None, output, how it ended, the last cell it began)."""
+    """Run a submission in a child.  Returns what it said, its output, how it ended ("": well), the last step begun."""
     pid, talk, output, secret = fork(job, fresh, guard)
-    said, kept, printed, begun = b"", b"", 0, -1
-    deadline, verdict, ended, waiting = time.monotonic() + job["seconds"], None, "", [talk, output]
-    while verdict is None and not ended:
+    heard, said, kept, printed, begun = [], b"", b"", 0, -1
+    deadline, ended, waiting = time.monotonic() + job["seconds"], "", [talk, output]
+    while not ended and {"end": True} not in heard:
         for end in select.select(waiting, [], [], 0.05)[0]:
             data = os.read(end, 1 << 16)
             if not data:
@@ -269,12 +351,12 @@ def watch(job, fresh, guard):
         *lines, said = said.split(b"\n")
         for line in lines:
             if line.startswith(secret.encode()):
-                verdict = json.loads(line[len(secret):])
-            elif line.isdigit() and int(line) > begun:      # every cell, and the check, has the time limit for itself
+                heard.append(json.loads(line[len(secret):]))
+            elif line.isdigit() and int(line) > begun:      # every cell, and every check, has the time limit for itself
                 begun, deadline = int(line), time.monotonic() + job["seconds"]
-        if verdict is None and talk not in waiting:
+        if talk not in waiting:
             ended = "ended"
-        elif verdict is None and time.monotonic() > deadline:
+        elif time.monotonic() > deadline:
             ended = "time"
     try:
         os.killpg(pid, signal.SIGKILL)                      # the child and what it started
@@ -285,33 +367,38 @@ def watch(job, fresh, guard):
         ended = f"signal {os.WTERMSIG(status)}"
     os.close(talk), os.close(output)
     cut = f"\n[{printed} bytes in all]" if printed > OUTPUT else ""
-    return verdict, kept.decode(errors="replace") + cut, ended, begun
+    return heard, kept.decode(errors="replace") + cut, "" if {"end": True} in heard else ended, begun
 
 
-def grade_exercise(job, fresh, guard):
-    """Grade one exercise; cells that hang or end the process join job["skip"], and it is tried again without them."""
-    notes = job["notes"]
+def run_steps(job, fresh, guard):
+    """Run a submission; again without the step that hung or ended the process, if one did.
+
+    Returns the verdicts {check: dict}, the errors of cells {label: text}, and the output of the last run.
+    """
+    verdicts, errors = {}, {}
     while True:
-        verdict, output, ended, begun = watch(job, fresh, guard)
-        if verdict or not 0 <= begun < len(job["cells"]):
-            break
-        label = job["cells"][begun][0]
-        notes[label] = ("ran longer than the time limit" if ended == "time" else "ended the process") + "; left out"
+        job["waiting"] = [check for check in job["hints"] if verdicts.get(check, {"later": True})["later"]]
+        heard, output, ended, begun = watch(job, fresh, guard)
+        verdicts |= {word["check"]: word for word in heard if "check" in word}
+        errors |= {word["cell"]: word["error"] for word in heard if "cell" in word}
+        if not ended or not 0 <= begun < len(job["steps"]) or begun in job["skip"]:
+            return verdicts, errors, output
+        step = job["steps"][begun]
         job["skip"].add(begun)
-    if verdict is None:
-        ways = {"time": f"the check ran longer than the time limit of {job['seconds']} s: is there an endless loop?",
-                "ended": "the process ended before the check was over (os._exit?)"}
-        message = ways.get(ended, f"the process was killed ({ended}) before the check was over: out of memory?")
-        verdict = {"passed": False, "message": message, "errors": {}}
-    for label, text in {**verdict["errors"], **notes}.items():
-        if not verdict["passed"] and "NotImplementedError" not in text:
-            verdict["message"] += f"\n  note: {label}: {text}"
-    return verdict["passed"], verdict["message"], output
+        if step.check:
+            limit = f"the check ran longer than the time limit of {job['seconds']} s: is there an endless loop?"
+            ways = {"time": limit,
+                    "ended": "the process ended before the check was over (os._exit?)"}
+            message = ways.get(ended, f"the process was killed ({ended}) before the check was over: out of memory?")
+            verdicts[step.check] = {"passed": False, "message": message, "later": False}
+        else:
+            how = "ran longer than the time limit" if ended == "time" else "ended the process"
+            errors[step.label] = f"{how}; left out"
 
 
 def prepare(homework):
     """Run our setup cells once, before any submission: their names, and the guard of all that they brought."""
-    names = {"__name__": "homework"}
+    names = {"__name__": "__main__"}
     for source in homework.setup:
         exec(compile(source, f"<{homework.name} setup>", "exec", dont_inherit=True), names)
     import torch
@@ -324,7 +411,7 @@ def prepare(homework):
 
 
 def grade(submission, options, prepared, scratch):
-    """Grade one submission (path, or a notebook's dict).  Returns the report that conftest.py prints."""
+    """Grade one submission (path, or a notebook's dict).  Returns its report, a dict."""
     if isinstance(submission, dict):
         Path(scratch, "submission.ipynb").write_text(json.dumps(submission))
         submission = Path(scratch, "submission.ipynb")
@@ -332,51 +419,121 @@ def grade(submission, options, prepared, scratch):
     homework = homework_of(notebook, options.get("homework"))
     if homework.name not in prepared:
         prepared[homework.name] = prepare(homework)
-    report = {"homework": homework.name, "title": homework.title, "by_hand": homework.by_hand, "exercises": []}
-    job = {"cells": homework.student_cells(notebook), "skip": set(), "notes": {}, "scratch": scratch,
+    hints = {name: homework.hints.get(name.removesuffix("-check"), "") for name in homework.exercises}
+    job = {"steps": homework.steps(notebook), "hints": hints, "skip": set(), "scratch": scratch,
            "seconds": options["seconds"], "memory": options["memory"] << 20}
+    verdicts, errors, output = run_steps(job, *prepared[homework.name])
     missing = homework.missing(notebook)
-    for name, (points, check) in homework.exercises.items():
-        solution = name.removesuffix("-check")
-        job |= {"check": check, "hint": homework.hints.get(solution, "")}
-        passed, message, output = grade_exercise(job, *prepared[homework.name])
-        if not passed and solution in missing:
-            message += f"\n  note: the cell {solution} is missing in this notebook"
-        report["exercises"].append({"name": solution, "points": points, "score": points if passed else 0,
-                                    "message": message, "output": output})
+    notes = [f"\n  note: {label}: {text}" for label, text in errors.items()
+             if text and "NotImplementedError" not in text]
+    report = {"homework": homework.name, "title": homework.title, "by_hand": homework.by_hand, "output": output,
+              "exercises": []}
+    for name, (points, _) in homework.exercises.items():
+        verdict = verdicts.get(name, {"passed": False, "message": "the notebook ended before this check"})
+        solution, message = name.removesuffix("-check"), verdict["message"]
+        if not verdict["passed"]:
+            lost = [f"\n  note: the cell {solution} is missing in this notebook"] * (solution in missing)
+            message += "".join(notes + lost)
+        report["exercises"].append({"name": solution, "points": points, "score": points if verdict["passed"] else 0,
+                                    "message": message})
     return report
 
 
 def serve():
-    """Read {submissions, options} as JSON from standard input, write a list of reports to standard output."""
-    sys.path.insert(0, str(HERE))
+    """Read {submissions, options} as JSON from standard input, write a report a line to standard output."""
     os.chdir(HERE)                                          # where the first cell of a notebook looks for the scripts
-    request, reports, prepared = json.load(sys.stdin), [], {}
+    request, prepared = json.load(sys.stdin), {}
     answer = os.dup(1)
     os.dup2(2, 1)                                           # nothing that the scripts print may get into the answer
-    with tempfile.TemporaryDirectory(prefix="grading-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="grading-") as scratch, os.fdopen(answer, "w") as file:
+        os.environ |= {"IPYTHONDIR": scratch, "PIP_NO_INDEX": "1"}     # `!pip install` changes nothing here
+        new_shell()
         for submission in request["submissions"]:
             try:
-                reports.append(grade(submission, request["options"], prepared, scratch))
+                report = grade(submission, request["options"], prepared, scratch)
             except GradingError as error:
-                reports.append({"error": str(error)})
-    with os.fdopen(answer, "w") as file:
-        json.dump(reports, file)
+                report = {"error": str(error)}
+            print(json.dumps(report), file=file, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a lecturer calls
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def grade_all(submissions, homework=None, seconds=60, memory=4096):
     """Grade paths or notebooks (dicts) in one server process.  seconds: time limit;  memory: MiB.  Returns reports."""
     if not hasattr(os, "fork"):
         raise GradingError("grading forks processes: use Linux, macOS, WSL or a container")
+    if not importlib.util.find_spec("IPython"):
+        raise GradingError("grading runs cells in IPython: pip install ipython")
     options = {"homework": homework, "seconds": seconds, "memory": memory}
     submissions = [s if isinstance(s, dict) else str(Path(s).resolve()) for s in submissions]
-    run = subprocess.run([sys.executable, str(Path(__file__).resolve())], text=True, stdout=subprocess.PIPE,
-                         input=json.dumps({"submissions": submissions, "options": options}),
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
-    if run.returncode:
-        raise GradingError(f"the grader itself failed (exit code {run.returncode})")
-    return json.loads(run.stdout)
+    start = "import sys; sys.path[0] = sys.argv[1]; import grader; grader.serve()"       # __main__ is for the notebooks
+    reports = []
+    while len(reports) < len(submissions):
+        request = json.dumps({"submissions": submissions[len(reports):], "options": options})
+        run = subprocess.run([sys.executable, "-c", start, str(HERE)], text=True, stdout=subprocess.PIPE, input=request,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
+        reports += map(json.loads, run.stdout.splitlines())
+        if run.returncode > 0:
+            raise GradingError(f"the grader itself failed (exit code {run.returncode})")
+        if run.returncode < 0:                              # the next submission did it; the others are still to come
+            reports.append({"error": f"it killed the grader (signal {-run.returncode})"})
+    return reports
+
+
+def score(report):
+    """Points of a report and their greatest sum."""
+    exercises = report.get("exercises", [])
+    return sum(e["score"] for e in exercises), sum(e["points"] for e in exercises)
+
+
+def row(path, report):
+    """A line of the table of grades: the score, everything that the student should read, and points per exercise."""
+    exercises = report.get("exercises", [])
+    feedback = "\n".join(f"{e['name']}: {e['message']}" for e in exercises if e["message"])
+    return {"submission": str(path), "homework": report.get("homework", ""), "score": score(report)[0],
+            "feedback": report.get("error", feedback), **{e["name"]: e["score"] for e in exercises}}
+
+
+def write_table(path, rows, exercises):
+    """The rows as .csv: a column for each of these exercises, and for those of the rows."""
+    columns = dict.fromkeys(name for line in [row("", {}), dict.fromkeys(exercises), *rows] for name in line)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def main(argv=None):
+    """Command line; a mistake ends in one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Grade every notebook in a folder and those below it.")
+    parser.add_argument("folder", type=Path, help="where the submissions are; their paths become their names")
+    parser.add_argument("--csv", type=Path, default=Path("grades.csv"), help="the table to write (%(default)s)")
+    parser.add_argument("--homework", help="which homework it is (hw1 ... hw5), if cells have lost their grade_ids")
+    parser.add_argument("--time-limit", type=int, default=60, help="seconds for a cell, and for a check (%(default)s)")
+    parser.add_argument("--memory", type=int, default=4096, help="MiB that a submission may take (%(default)s; Linux)")
+    options = parser.parse_args(argv)
+    paths = [path.relative_to(options.folder) for path in sorted(options.folder.rglob("*.ipynb"))]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]   # .ipynb_checkpoints
+    try:
+        if not paths:
+            raise GradingError(f"no notebook (.ipynb) in {options.folder}")
+        homework = homework_of({"cells": []}, options.homework) if options.homework else None
+        exercises = [name.removesuffix("-check") for name in homework.exercises] if homework else []
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        write_table(options.csv, [], exercises)             # what hinders it is told before the minutes of grading
+        reports = grade_all([options.folder / path for path in paths], options.homework, options.time_limit,
+                            options.memory)
+        rows = [row(path, report) for path, report in zip(paths, reports)]
+        write_table(options.csv, rows, exercises)
+    except (GradingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for line, report in zip(rows, reports):
+        print(f"{line['score']:>3} / {score(report)[1]}  {line['submission']}  {report.get('error', '')}".rstrip())
 
 
 if __name__ == "__main__":
-    serve()
+    main()

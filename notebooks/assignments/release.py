@@ -2,6 +2,7 @@
 
     python notebooks/assignments/release.py                    # all five, to ./release
     python notebooks/assignments/release.py notebooks/assignments/hw1.ipynb --out handout
+    python notebooks/assignments/release.py --bundle class.zip # what students need to work: these, scripts and checks
 
 Solution regions become a stub with the hint that stands on their BEGIN line; hidden tests, marking schemes and outputs
 go; locked cells can no longer be edited in Jupyter.  `nbgrader generate_assignment` gives the same, but for the text of
@@ -12,6 +13,7 @@ import copy
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -87,21 +89,40 @@ def release(notebook, name="notebook"):
     return {**notebook, "cells": cells}
 
 
+def text_of(notebook):
+    """A notebook as the text of its file."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_bundle(path, ready):
+    """A zip of one folder: the student versions, where their first cell finds the scripts and the checks."""
+    root, folder = HERE.parents[1], Path("rectified-flow")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bundle:
+        for file in [*sorted(root.glob("0*.py")), HERE / "checks.py", root / "requirements.txt", root / "LICENSE"]:
+            bundle.write(file, folder / file.relative_to(root))
+        for name, notebook in ready.items():
+            bundle.writestr(str(folder / HERE.relative_to(root) / name), text_of(notebook))
+
+
 def main(argv=None):
     """Command line; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("hw[0-9].ipynb")))
     parser.add_argument("--out", type=Path, default=Path("release"), help="folder of the results (%(default)s)")
+    parser.add_argument("--bundle", type=Path, help="write this .zip in place of the folder: all that students need")
     options = parser.parse_args(argv)
     try:
         ready = {}
         for path in options.notebooks:
-            if path.resolve().parent == options.out.resolve():
+            if not options.bundle and path.resolve().parent == options.out.resolve():
                 raise ReleaseError(f"--out {options.out} is the folder of {path.name} itself: it would be overwritten")
-            ready[path.name] = release(json.loads(path.read_text(encoding="utf-8")), path.name)
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name, notebook in ready.items():
-            (options.out / name).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            ready[path.name] = release(json.loads(path.read_text(encoding="utf-8-sig")), path.name)
+        (options.bundle.parent if options.bundle else options.out).mkdir(parents=True, exist_ok=True)
+        if options.bundle:
+            write_bundle(options.bundle, ready)
+            print(options.bundle)
+        for name, notebook in ready.items() if not options.bundle else ():
+            (options.out / name).write_text(text_of(notebook), encoding="utf-8")
             print(options.out / name)
     except (ReleaseError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
