@@ -39,6 +39,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import typing
@@ -47,7 +48,9 @@ import urllib.request
 import warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from itertools import chain, product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -117,26 +120,41 @@ def picture_distance(vae, perceptual, a, b):
 
 
 class Schedule:
-    """Stable Diffusion's noise: x_s = a_s x1 + b_s x0, s = 0 ... 999, a_s^2 = prod(1 - beta), b_s^2 = 1 - a_s^2.
+    """A diffusion model's noise: x_s = a_s x1 + b_s x0, s = 0 ... 999, a_s^2 = prod(1 - beta), b_s^2 = 1 - a_s^2.
 
-    sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) [Rombach+22].  Even x_999 holds 7 % of x1's amplitude.
+    Stable Diffusion's unless told otherwise: sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) [Rombach+22].  Even
+    x_999 holds 7 % of x1's amplitude.  predicts: what the network gives, x0 (epsilon), a x0 - b x1 or x1 (sample).
     """
 
-    def __init__(self):
-        beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    def __init__(self, first=0.00085, last=0.012, kind="scaled_linear", count=1000, predicts="epsilon"):
+        require(kind in ("linear", "scaled_linear"), f"beta_schedule is {kind}")
+        require(predicts in ("epsilon", "v_prediction", "sample"), f"prediction_type is {predicts}")
+        require(0 < first < 1 and 0 < last < 1, f"beta goes from {first} to {last}")
+        power = 2 if kind == "scaled_linear" else 1
+        beta = torch.linspace(first ** (1 / power), last ** (1 / power), count, dtype=torch.float64) ** power
         alpha_bar = (1 - beta).cumprod(0)
-        self.a = alpha_bar.sqrt()                           # (1000,) float64
+        self.a = alpha_bar.sqrt()                           # (count,) float64
         self.b = (1 - alpha_bar).sqrt()
+        self.predicts = predicts
+
+    def noise(self, output, x, s):
+        """What the network gives for x (B, *D) at levels s (B,), perhaps between two, as x0 = (x - a x1) / b."""
+        if self.predicts == "epsilon":
+            return output
+        ratio = np.interp(s.cpu(), np.arange(len(self.a)), torch.log(self.a / self.b))
+        a, b = (per_sample(torch.sigmoid(torch.tensor(sign * 2 * ratio)).sqrt().to(x), x) for sign in (1, -1))
+        return a * output + b * x if self.predicts == "v_prediction" else (x - a * output) / b
 
 
-def velocity_from_eps(eps):
+
+def velocity_from_eps(eps, schedule=None):
     """A diffusion model as a velocity, exact from t = 0.064 on: v = x1_hat - eps = (x_t - eps(x_s, s)) / t.
 
     Dividing x_s by a + b gives x_t with t = a / (a + b), so Euler's steps are DDIM's.  The model knows no less signal
     than x_999 has, t = 0.064: below, x_t counts as x_999.
     eps: (x (B, *D), s (B,)) -> noise (B, *D).  Returns a velocity (x (B, *D), t (B,)) -> (B, *D).
     """
-    schedule = Schedule()
+    schedule = schedule or Schedule()
     known = (schedule.a / (schedule.a + schedule.b)).flip(0)           # t of s = 999 ... 0, increasing
 
     def velocity(x, t):
@@ -152,14 +170,16 @@ def velocity_from_eps(eps):
 
 
 @torch.no_grad()
-def dpm_solver(eps, x, steps):
+def dpm_solver(eps, x, steps, schedule=None):
     """DPM-Solver++(2M) [Lu+22 algorithm 2] from noise x (B, *D): the teacher's flow in `steps` evaluations.
 
     With lambda = ln(a / b) the flow is linear in x1_hat, which is extrapolated from two steps (the first and the last
     have one; the last goes to no noise at all).  eps: (x, s (B,)) -> noise.  Returns x1 (B, *D).
     """
-    schedule = Schedule()
-    times = np.linspace(0, 999, steps + 1).round().astype(int)         # 0 ... 999; the solver goes down, not to 0
+    schedule = schedule or Schedule()
+    levels = len(schedule.a)
+    require(steps < levels, f"{steps} steps are too many for a model of {levels} noise levels")
+    times = np.linspace(0, levels - 1, steps + 1).round().astype(int)  # 0 ... 999; the solver goes down, not to 0
     times = times[1:].tolist()[::-1]
     a = schedule.a[times].tolist()
     b = schedule.b[times].tolist()
@@ -189,7 +209,7 @@ class Config:
     preset: Literal["quick", "gpu", "paper"] = "quick"      # size of the run
     model: str = ""                                         # Stable Diffusion 1.x, a folder or owner/name; empty: train
     prompts: str = ""                                       # text file, a prompt a line; empty: captions of the shapes
-    image_size: Annotated[int, 8, 2048] = 16                # side of the pictures in pixels
+    image_size: Annotated[int, 0, 2048] = 0                 # side in pixels; 0: as --model, or for latents of 8 x 8
     data_size: Annotated[int, 2, 10 ** 8] = 20000           # captioned shapes that the tiny teacher learns from
     seeds: Annotated[int, 1, 100] = 1                       # students trained from the one teacher
     unet: Literal["plain", "stacked"] = "plain"             # stacked: the distilled network is two U-Nets in a row
@@ -240,7 +260,7 @@ class Config:
     presets: ClassVar = {
         "quick": {},
         "gpu": dict(                                        # one GPU: the tiny chain at 64 x 64 with wider networks
-            image_size=64, vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, channels=(128, 256, 256),
+            vae_channels=(64, 128, 128, 128), vae_steps=4000, vae_batch=128, channels=(128, 256, 256),
             attention=(1, 1, 0), blocks=2, heads=8, batch=256, steps=10000, lr=1e-3, pairs=20000, shard=500,
             sample_batch=500, reflow_steps=(5000,), reflow_batch=(256,), distill_solver_steps=25,
             distill_steps=(3000, 500), distill_batch=(256, 128), student_lr=4e-4, lpips_lr=1e-4, warmup=500,
@@ -248,7 +268,7 @@ class Config:
             compile=True),
         # log_every: what a stop under torchrun may lose; the checkpoint of every log line has 14 GB
         "paper": dict(                                      # [Liu+24]'s final model, 199 A100 days; rate of reflow
-            image_size=512, init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, sample_batch=20,
+            init="teacher", direct=False, guidance=5.0, pairs=1600000, shard=1000, sample_batch=20,
             batch=1024, accumulate=16, checkpointing=True, reflow_steps=(70000, 25000), reflow_batch=(64, 1024),
             distill_solver_steps=25, distill_steps=(21500, 18000), distill_batch=(1024, 1024), student_lr=1e-6,
             lpips_lr=1e-6, lr_decay="constant", warmup=1000, ema_decay=0.9999, lpips_net="vgg", lpips_size=512,
@@ -270,11 +290,11 @@ class DrawConfig:
     guidance: Guidance = 1.0                                # 1 or less is none
     size: Annotated[tuple, 0, 4096] = (0,)                  # side in pixels, or height and width; 0: as it was trained
     batch: Count = 4                                        # pictures made at a time
-    lora: tuple = ("",)                                     # LoRA files to merge, FILE or FILE:SCALE
+    lora: tuple = ("",)                                     # LoRAs to merge, each a file or folder, perhaps with :SCALE
     delta: tuple = ("",)                                    # FROM TO: models whose difference is added to the U-Net
     fid: bool = False                                       # evaluate: FID of the pictures against --real
     real: str = ""                                          # folder of real images for --fid
-    clip: str = ""                                          # folder of a public CLIP, for the CLIP score
+    clip: str = ""                                          # a public CLIP, folder or owner/name, for the CLIP score
     data_dir: str = "data"                                  # where the Inception network is kept
     download: bool = False                                  # fetch it if missing
     seed: Whole = 0                                         # seed of the noise
@@ -296,18 +316,21 @@ def main(config):
     check_settings(run)
     settle_lpips(run)
     texts = read_texts(config.prompts) if config.prompts else shape_captions()
+    run.reads("texts", texts)
     perceptual = place(Perceptual(config.lpips_net, config.lpips_size, config.lpips_weights), run.device)
     compile_network(perceptual, config)
     if config.model and run.rank == 0:
         load_pipeline(config.model)                         # one process downloads, the others find the files
     run.wait()
     pipe = load_pipeline(config.model) if config.model else tiny_teacher(run)
-    predicts = pipe.configs["scheduler"].get("prediction_type", "epsilon")
-    require(predicts == "epsilon", f"--model {config.model} predicts {predicts}; a teacher has to predict the noise")
-    prepare(pipe, run.device, [config.image_size] * 2)
+    if config.model:
+        run.reads("model_weights", nn.ModuleList([pipe.text_encoder, pipe.unet, pipe.vae]))
+    config.image_size, _ = prepare(pipe, run.device, [config.image_size] * 2)
+    prompts = Prompts(pipe, texts)
+    if config.model:
+        check_teacher(config.model, prompts)
     pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
     compile_network(pipe.vae.decoder, config)
-    prompts = Prompts(pipe, texts)
     distance = partial(picture_distance, pipe.vae, perceptual)
     networks = [students(run, prompts, distance, seed) for seed in range(config.seeds)]
     if run.rank == 0:
@@ -322,7 +345,8 @@ def students(run, prompts, distance, seed):
     write_pairs(run, "teacher", teacher, noise, config.pairs * (2 if config.direct else 1))
     shape = prompts.pipe.shape
     draw = partial(draw_stored, load_pairs(run, "teacher", config.pairs, shape), noise, prompts)
-    start = negated(teacher.unet) if config.init == "negated" else teacher.unet
+    turn = config.init == "negated" and prompts.pipe.schedule.predicts != "sample"     # x1 - x0 is near x1 as it is
+    start = negated(teacher.unet) if turn else teacher.unet
     batches = zip(config.reflow_steps, config.reflow_batch)
     phases = [(reflow_loss, steps, batch, config.student_lr) for steps, batch in batches]
     flow = train_student(run, f"2-rf-{seed}", start, partial(draw, dropout=config.caption_dropout), phases)
@@ -379,17 +403,30 @@ def pair_loss(model, ema, step, draw, loss):
 
 
 def negated(unet):
-    """A copy whose output is negated: the teacher predicts x0, a velocity holds -x0.  ([Liu+24] does not.)"""
+    """A copy whose output is negated: x0 or a x0 - b x1 of a teacher, for the velocity x1 - x0.  [Liu+24] does not."""
     unet = copy.deepcopy(unet)
     for p in unet.conv_out.parameters():
         p.data.neg_()
     return unet
 
 
+def check_teacher(name, prompts):
+    """UserError for a velocity.  InstaFlow's files say epsilon, but in pure noise x0 it sees about -x0, and not x0."""
+    pipe = prompts.pipe
+    x0 = pair_noise(0, torch.arange(4, device=prompts.null.device), pipe.shape)
+    with torch.no_grad():
+        output = pipe.unet(x0, x0.new_full((4,), 999), prompts.null.expand(4, -1, -1))
+    likeness = torch.cosine_similarity(output.flatten(), x0.flatten(), dim=0)
+    is_flow = not pipe.schedule or pipe.schedule.predicts == "epsilon" and likeness < -0.5
+    require(not is_flow, f"--model {name} predicts velocity; a teacher has to be a diffusion model")
+
+
 def check_settings(run):
     """UserError, before anything is written, for settings that contradict each other."""
     config = run.config
     halvings = len(config.vae_channels) - 1
+    if not config.model:
+        config.image_size = config.image_size or 8 * 2 ** halvings
     require(len(config.reflow_steps) == len(config.reflow_batch), "--reflow-steps and --reflow-batch differ in length")
     two = len(config.distill_steps) == len(config.distill_batch) == 2
     require(two, "--distill-steps and --distill-batch want 2 numbers each: latents, pictures")
@@ -682,14 +719,16 @@ class Sampler:
         network = partial(as_velocity, self.network) if self.solver == "euler" else self.network
         flow = partial(guided(network, max(1.0, self.guidance)), text=text, null=self.prompts.null)
         if self.solver == "dpm":
-            return dpm_solver(flow, x0, self.steps)
-        return integrate(velocity_from_eps(flow) if self.solver == "ddim" else flow, x0, self.steps)[-1]
+            return dpm_solver(flow, x0, self.steps, self.prompts.pipe.schedule)
+        velocity = velocity_from_eps(flow, self.prompts.pipe.schedule) if self.solver == "ddim" else flow
+        return integrate(velocity, x0, self.steps)[-1]
 
     def network(self, x, timestep, text):
-        """The U-Net, in bfloat16 on CUDA; its output in float32."""
+        """The U-Net, in bfloat16 on CUDA: a velocity in float32, or of a diffusion model the noise x0."""
         self.evaluations += len(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            return self.unet(x, timestep, text).float()
+            output = self.unet(x, timestep, text).float()
+        return output if self.solver == "euler" else self.prompts.pipe.schedule.noise(output, x, timestep)
 
 
 def whole_batches(first, count, batch, device):
@@ -742,7 +781,8 @@ def draw_grid(columns, texts, path, each=3, rows=8):
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
     for i, panel in zip(chosen, axes[:, 0]):
-        panel.set_ylabel(textwrap.fill(texts[i][:60], 20), rotation=0, ha="right", va="center", fontsize=8)
+        panel.set_ylabel(textwrap.fill(texts[i][:60], 20), rotation=0, ha="right", va="center", fontsize=8,
+                         parse_math=False)                  # a $ is a $
     with replacing(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
@@ -820,14 +860,17 @@ def print_seconds(networks, batches):
 
 
 def real_features(features, folder, device):
-    """Features of the central squares of all images below a folder, at 256 x 256."""
+    """Features of the central squares of all images below a folder, at 256 x 256.  A line says what was read."""
     rows = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in Image.registered_extensions():
-            image = ImageOps.fit(Image.open(path).convert("RGB"), (256, 256), Image.Resampling.BICUBIC)
-            image = torchvision.transforms.functional.pil_to_tensor(image)[None]
-            rows.append(features(to_floats(image).to(device)).cpu())
+    skipped = []
+    paths = list(files_below(Path(folder)))
+    for path, image in zip(paths, tqdm(decode_files(paths, 256), "real images", len(paths), disable=None)):
+        if image is None:
+            skipped.append(str(path))
+        else:
+            rows.append(features(to_floats(image[None]).to(device)).cpu())
     require(len(rows) > 1, f"--real {folder}: {len(rows)} images are no distribution")
+    print(f"--real {folder}: read {len(rows)} pictures; skipped {len(skipped)}" + ": " * bool(skipped) + some(skipped))
     return torch.cat(rows)
 
 
@@ -836,8 +879,7 @@ def open_sampler(run, texts):
     config = run.config
     require(config.model, "--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
     pipe = load_pipeline(config.model)
-    is_velocity = pipe.configs["scheduler"].get("prediction_type") == "velocity"
-    require(not is_velocity or config.solver == "euler", f"{config.model} is a velocity: use --solver euler")
+    require(config.solver == "euler" or pipe.schedule, f"{config.model} is a velocity: use --solver euler")
     if any(config.delta):
         require(len(config.delta) == 2, f"--delta wants two models, FROM TO, got {len(config.delta)}")
         merge_delta(pipe.unet, *(fetch_weights(source, WEIGHTS["unet"]) for source in config.delta))
@@ -943,47 +985,55 @@ BYTE_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)
 
 
 class CLIPTokenizer:
-    """Prompts -> token numbers (B, length): start, text, end, end, ...; byte-pair encoding [Sennrich+16] as CLIP's.
+    """Prompts -> token numbers (B, length): start, text, end, pad, ...; byte-pair encoding [Sennrich+16] as CLIP's.
 
-    vocab_json, merges_txt: two files of a public checkpoint.  .truncated: how many prompts were cut, as too long.
+    vocab_json, merges_txt: two files of a public checkpoint, or one tokenizer.json, twice.  notes: files beside them,
+    which may add learnt words and name the pad token.  .truncated: how many prompts were cut, as too long.
     """
     SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's; \s has more
-    SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+    ENDS = "<|startoftext|>", "<|endoftext|>"
     # Python's re knows no Unicode categories, so each character stands after a mark, L for a letter, N for a number, _
     # for a space, o for all else.  A word: the end of he's, they're, ...; or letters; or one number; or other things
     WORD = re.compile("o'(?:Ls|Lt|LrLe|LvLe|Lm|LlLl|Ld)|(?:L.)+|N.|(?:o.)+", re.DOTALL)
 
-    def __init__(self, vocab_json, merges_txt, length=77):
-        self.files = vocab_json, merges_txt
+    def __init__(self, vocab_json, merges_txt, notes=(), length=77):
+        self.files = [*dict.fromkeys([vocab_json, merges_txt, *notes])]
         self.length = length
         self.truncated = 0
         self.merge = cache(self.merge)                      # few words are new
         try:
-            self.vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            merges = Path(merges_txt).read_text(encoding="utf-8").split("\n")    # a line "#version: 0.2" does no harm
-            self.ranks = {(a, b): rank for rank, (a, b) in enumerate(line.split(" ") for line in merges if line)}
-            self.start = int(self.vocab["<|startoftext|>"])
-            self.end = int(self.vocab["<|endoftext|>"])
+            self.vocab, merges, words, pad = read_vocabulary(vocab_json, merges_txt, notes)
+            self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+            for word in (*self.ENDS, pad):
+                words[word] = {"id": self.vocab[word], "normalized": False} | words.get(word, {})
+            self.start, self.end, self.pad = (int(words[word]["id"]) for word in (*self.ENDS, pad))
+            exact = {word: notes for word, notes in words.items() if not notes.get("normalized", True)}
+            loose = {self.plain(word): notes for word, notes in words.items() if word not in exact}
+            self.cut_exact, self.cut_loose = map(cutter, (exact, loose))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"no CLIP vocabulary in {vocab_json} and {merges_txt}: {one_line(error)}") from None
 
     def __call__(self, prompts):
         rows = [self.encode(prompt) for prompt in prompts]
         self.truncated = sum(len(row) > self.length - 2 for row in rows)
-        rows = [[self.start, *row[:self.length - 2]] for row in rows]
-        return torch.tensor([row + [self.end] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
+        rows = [[self.start, *row[:self.length - 2], self.end] for row in rows]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
 
     def encode(self, prompt):
         """One prompt of any length -> list of token numbers, without start and end."""
         numbers = []
-        for piece in self.SPECIAL.split(prompt):
-            if self.SPECIAL.fullmatch(piece):
-                numbers.append(self.vocab[piece])
-                continue
-            text = self.SPACE.sub(" ", unicodedata.normalize("NFC", piece))
-            for word in self.words("".join(c.lower() for c in text)):        # character by character: no final sigma
-                numbers += self.merge(word)
+        for piece, learnt in self.cut_exact(prompt):
+            for text, also_learnt in self.cut_loose(self.plain(piece)):
+                for word in self.words(text):
+                    numbers += self.merge(word)
+                numbers += also_learnt
+            numbers += learnt
         return numbers
+
+    def plain(self, text):
+        """Lower case, with single spaces, and every letter in one way of writing."""
+        text = self.SPACE.sub(" ", unicodedata.normalize("NFC", text))
+        return "".join(c.lower() for c in text)             # character by character: no final sigma
 
     def words(self, text):
         """Text in lower case -> the pieces that are encoded each on its own."""
@@ -999,6 +1049,41 @@ class CLIPTokenizer:
                 break
             parts = merge_pair(parts, best)
         return [self.vocab.get(part, self.end) for part in parts]
+
+
+def read_vocabulary(vocab_json, merges_txt, notes):
+    """Token -> number with the learnt words; merges; learnt word -> {id, normalized, single_word}; the pad token."""
+    vocab = read_json(vocab_json)
+    notes = {path.name: read_json(path) for path in notes}
+    config = notes.get("tokenizer_config.json", {})
+    words = {word: {"id": number} for word, number in notes.get("added_tokens.json", {}).items()}
+    words |= {word["content"]: word | {"id": n} for n, word in config.get("added_tokens_decoder", {}).items()}
+    if vocab_json == merges_txt:
+        words |= {word["content"]: word for word in vocab["added_tokens"]}
+        vocab, merges = (vocab["model"][part] for part in ("vocab", "merges"))
+    else:                                                   # a first line "#version: 0.2" does no harm
+        merges = filter(None, Path(merges_txt).read_text(encoding="utf-8").split("\n"))
+    if "added_tokens_decoder" not in config:                # transformers has changed its mind on where to write this
+        config = config | notes.get("special_tokens_map.json", {})
+    pad = config.get("pad_token") or "<|endoftext|>"
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    vocab = vocab | {word: int(notes["id"]) for word, notes in words.items()}
+    return vocab, merges, words, pad["content"] if isinstance(pad, dict) else pad
+
+
+def cutter(words):
+    """A function that cuts a text at words: pairs of the text before one and [its number], last the rest and [].
+
+    words: word -> {id, perhaps single_word}.  The longer one wins.
+    """
+    shapes = [rf"(?<!\w){re.escape(word)}(?!\w)" if words[word].get("single_word") else re.escape(word)
+              for word in sorted(filter(None, words), key=len, reverse=True)]
+    pattern = re.compile(f"({'|'.join([*shapes, '(?!)'])})")            # (?!) is nowhere: there may be no words
+
+    def cut(text):
+        *pieces, rest = pattern.split(text)
+        return [*zip(pieces[::2], ([int(words[word]["id"])] for word in pieces[1::2])), (rest, [])]
+    return cut
 
 
 def spell(word):
@@ -1020,26 +1105,44 @@ def merge_pair(parts, pair):
 
 # ---- Network: Stable Diffusion 1.x [Rombach+22] of any size, its parameters named as in the public files -------------
 
-# What the public config.json calls the arguments of the networks below
+# What the public config.json calls the arguments of the networks below, and those of a Schedule
 PUBLIC = dict(block_out_channels="channels", layers_per_block="layers", attention_head_dim="heads",    # sic
               cross_attention_dim="context", in_channels="in_channels", out_channels="out_channels",
               norm_num_groups="groups", down_block_types="attention", latent_channels="latent", scaling_factor="scale",
               vocab_size="vocab", hidden_size="width", num_hidden_layers="layers", num_attention_heads="heads",
               max_position_embeddings="length", intermediate_size="inner", hidden_act="act", image_size="size",
-              patch_size="patch")
-FIXED = dict(act_fn="silu", norm_eps=1e-5, layer_norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0)
+              patch_size="patch", beta_start="first", beta_end="last", beta_schedule="kind",
+              num_train_timesteps="count", prediction_type="predicts")
+# What changes the arithmetic and is here one way only, or not at all (None).  All other settings are notes to us
+FIXED = dict(act_fn="silu", norm_eps=1e-5, layer_norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0, conv_in_kernel=3,
+             conv_out_kernel=3, downsample_padding=1, mid_block_scale_factor=1, resnet_out_scale_factor=1,
+             transformer_layers_per_block=1, mid_block_type="UNetMidBlock2DCrossAttn", attention_type="default",
+             time_embedding_type="positional", resnet_time_scale_shift="default", use_quant_conv=True,
+             use_post_quant_conv=True, mid_block_add_attention=True)
+READS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}           # levels that read the text
+FIXED |= dict.fromkeys("""addition_embed_type center_input_sample class_embed_type class_embeddings_concat
+    cross_attention_norm dual_cross_attention encoder_hid_dim encoder_hid_dim_type latents_mean latents_std
+    mid_block_only_cross_attention num_class_embeds only_cross_attention rescale_betas_zero_snr resnet_skip_time_act
+    shift_factor sigma_data time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act trained_betas
+    use_flow_sigmas use_linear_projection""".split())
 
 
 def from_config(network, config):
     """A network of the sizes in a public config.json.  UserError for settings that only other networks have."""
-    wanted = inspect.signature(network).parameters
-    sizes = {PUBLIC[key]: value for key, value in config.items() if PUBLIC.get(key) in wanted and value is not None}
+    parameters = inspect.signature(network).parameters
+    sizes = {}
     try:
-        for key, value in FIXED.items():
-            require(config.get(key, value) == value, f"{key} = {config.get(key)!r}")
-        if "attention" in sizes:
-            kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-            sizes["attention"] = [kinds[kind] for kind in sizes["attention"]]
+        for key, value in config.items():
+            name = PUBLIC.get(key)
+            default = parameters[name].default if name in parameters else FIXED.get(key)
+            if isinstance(value, list) and value and not isinstance(default, tuple):
+                value = value[0] if value.count(value[0]) == len(value) else value     # the same at every level
+            good = key not in FIXED or value == default or not (value or default)
+            if name in parameters and value is not None:
+                good = isinstance(value, list if isinstance(default, tuple) else (int, type(default)))
+                good = good and (name != "attention" or all(kind in READS for kind in value))
+                sizes[name] = [READS[kind] for kind in value] if good and name == "attention" else value
+            require(good, f"{key} is {json.dumps(value)}")
         return network(**sizes)
     except (UserError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UserError(f"no {network.__name__} of these settings: {one_line(error)}") from None
@@ -1394,11 +1497,11 @@ class CLIPVision(nn.Module):
 
 
 class CLIP(CLIPTextEncoder):
-    """CLIP [Radford+21] with both towers, from a public folder: pictures and texts -> vectors of length one."""
+    """CLIP [Radford+21] with both towers, a folder or owner/name: pictures and texts -> vectors of length one."""
 
     def __init__(self, folder):
         nn.Module.__init__(self)
-        config = read_json(Path(folder) / "config.json")    # files leave out what equals the format's defaults
+        config = read_json(fetch(folder, "config.json"))    # files leave out what equals the format's defaults
         text = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8) | config.get("text_config", {})
         image = dict(hidden_size=768) | config.get("vision_config", {})
         self.text_model = from_config(CLIPTextEncoder, text).text_model
@@ -1406,9 +1509,9 @@ class CLIP(CLIPTextEncoder):
         self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
-        self.load_state_dict(read_state(self, fetch_weights(folder, "model.safetensors")))
+        self.load_state_dict(read_state(self, *fetch_weights(folder, "model.safetensors")))
         self.eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer(fetch(folder, "vocab.json"), fetch(folder, "merges.txt"))
+        self.tokenizer = load_tokenizer(folder)
 
     def embed_images(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, dim)."""
@@ -1435,6 +1538,7 @@ WEIGHTS = {"vae": "vae/diffusion_pytorch_model.safetensors", "unet": "unet/diffu
 def one_line(error):
     """An exception as part of a one-line message."""
     return " ".join(f"{error or type(error).__name__}".split())[:200]
+
 
 
 def load_safetensors(path):
@@ -1487,88 +1591,145 @@ def load_tensors(path):
         return load_safetensors(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = tensors.get("state_dict", tensors)        # some trainers wrap them
         require(all(map(torch.is_tensor, tensors.values())), "it holds something else than tensors")
         return tensors
     except Exception as error:                              # torch.load has no common class for broken files
         raise UserError(f"{path} holds no readable weights: {one_line(error)}") from None
 
 
-def read_state(module, path):
-    """The file's tensors under the module's own names and in its number format, all of them and no others.
+def read_state(module, *paths):
+    """The tensors in these files under the module's own names and in its number format, all of them and no others.
 
     Known dialects: text encoders without the prefix text_model, or with position_ids; VAEs of before 2023.
     """
     want = module.state_dict()
     state = {}
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    for name, tensor in load_tensors(path).items():
+    for name, tensor in chain(*(load_tensors(path).items() for path in paths)):
         name = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: old[m[0]], name)
         if not name.endswith("position_ids"):
             state[name if name in want or "text_model." + name not in want else "text_model." + name] = tensor
     wrong = [name for name in sorted(want.keys() | state.keys()) if name not in want or name not in state
              or want[name].shape != state[name].shape or not state[name].is_floating_point()]
-    require(not wrong, f"{path} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, of "
-            f"another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
+    require(not wrong, f"{paths[0]} does not fit {type(module).__name__}: {len(wrong)} weights are missing, unknown, "
+            f"of another shape or whole numbers: {one_line(', '.join(wrong[:3]))}")
     return {name: tensor.to(want[name].dtype) for name, tensor in state.items()}
 
 
-def merge_lora(modules, path, scale=1.0):
-    """Add a LoRA [Hu+21] to the weights: W += scale * alpha / rank * up down.
+# A tensor's name in a LoRA: a prefix, the layer's path in dots or underscores, and which part this is.  Kohya writes
+# _to_q.lora_up, PEFT .to_q.lora_B, diffusers has written .to_q.lora.up, .processor.to_q_lora.up, .lora_linear_layer.up
+LORA_KEY = re.compile(r"(?:base_model\.model\.|unet\.|text_encoder\.|lora_unet_|lora_te1?_)*(?:text_model[._])?(.+?)"
+                      r"(?:[._]lora(?:_linear_layer)?[._](up|down|A|B)(?:\.\w+)?\.weight|(?:[._]lora)?\.(alpha))")
 
-    modules: {"unet": UNet, "te": text encoder}.  path: the format of Kohya's trainer and CivitAI, that is
-    lora_unet_down_blocks_0_..._to_q.lora_up.weight with .lora_down.weight and perhaps .alpha.
+
+def merge_lora(modules, path, scale=1.0):
+    """Add a LoRA [Hu+21] to the weights: W += scale * alpha / rank * up down, or without an alpha scale * up down.
+
+    modules: {"unet": UNet, "te": text encoder}.  path: a file or folder of Kohya's trainer, CivitAI, diffusers or PEFT.
     """
-    layers = {f"lora_{prefix}_{name.replace('.', '_')}": layer.weight for prefix, module in modules.items()
-              for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    tensors = load_safetensors(path)
-    require(tensors, f"{path} holds no LoRA")
-    for name in sorted({key.split(".")[0] for key in tensors}):
+    layers = {name.removeprefix("text_model.").replace(".", "_"): (kind, name, layer.weight)
+              for kind, module in modules.items() for name, layer in module.named_modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    tensors, notes = read_lora(Path(path))
+    parts = {}                                              # layer -> its up, down and alpha
+    for key, tensor in tensors.items():
+        found = LORA_KEY.fullmatch(key)
+        require(found, f"{path} is no plain LoRA (but a LoHa, a DoRA, ...?): {one_line(key)}")
+        name = found[1].replace(".processor.", ".").replace(".", "_")
+        name = re.sub("self_attn_to_(q|k|v|out)$", r"self_attn_\1_proj", name)
+        name = name if name in layers else f"{name}_0"      # to_out_lora means to_out.0
+        side = {"A": "down", "B": "up"}.get(found[2], found[2] or "alpha")
+        fits = name in layers and side not in parts.setdefault(name, {})
+        require(fits, f"{path} does not fit these networks: {one_line(key)}: no such layer, or a second LoRA of it")
+        parts[name][side] = tensor.float()
+    for name, part in sorted(parts.items()):
+        kind, dotted, weight = layers[name]
         try:
-            up, down = (tensors.pop(f"{name}.lora_{side}.weight").float().flatten(1) for side in ("up", "down"))
-            alpha = float(tensors.pop(f"{name}.alpha", len(down)))
-            delta = scale * alpha / len(down) * up @ down                    # (out, rank) (rank, in [kh kw])
-            require(delta.shape == layers[name].flatten(1).shape, "of another shape")
-            layers[name].data += delta.reshape(layers[name].shape)
-        except (UserError, ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{path} does not fit these networks: {one_line(name)}: {one_line(error)}") from None
-    require(not tensors, f"{path} is no LoRA in Kohya's naming: {one_line(sorted(tensors)[:3])}")
+            require(part.keys() >= {"up", "down"}, "up or down is missing")
+            up, down = (part[side].flatten(1) for side in ("up", "down"))    # (out, rank), (rank, in [kh kw])
+            alpha = part.get("alpha", lora_alpha(notes, kind, dotted, len(down)))
+            delta = scale * float(alpha) / len(down) * up @ down
+            require(delta.shape == weight.flatten(1).shape, "of another shape")
+            weight.data += delta.reshape(weight.shape)
+        except (UserError, ValueError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not fit these networks: {name}: {one_line(error)}") from None
+
+
+def read_lora(path):
+    """The tensors of a LoRA, name -> tensor, and what PEFT or diffusers have noted about them."""
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"          # PEFT's
+    notes = read_json(config) if config.exists() else {}
+    if path.is_dir():
+        path, *_ = fetch_weights(path, f"{'adapter_model' if notes else 'pytorch_lora_weights'}.safetensors")
+    tensors = load_tensors(path)
+    require(tensors, f"{path} holds no LoRA")
+    if path.suffix == ".safetensors":                       # it is sound, or load_tensors would have refused it
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        notes |= json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+    return tensors, notes
+
+
+def lora_alpha(notes, kind, name, rank):
+    """alpha of a layer, of which not all LoRAs keep one beside the factors; else the rank, for a scale of 1."""
+    start = {"unet": "unet.", "te": "text_encoder."}[kind]
+    notes = notes | {key.removeprefix(start): value for key, value in notes.items() if key.startswith(start)}
+    alphas = [alpha for pattern, alpha in notes.get("alpha_pattern", {}).items()
+              if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+    alpha = [*alphas, notes.get("lora_alpha", rank)][0]
+    return alpha * rank ** 0.5 if notes.get("use_rslora") else alpha         # alpha / sqrt(rank) is wanted
 
 
 def merge_delta(unet, base, target, scale=1.0):
     """Carry a fine-tune over: W += scale * (W_target - W_base), the files of the fine-tune and of what it began as."""
-    base = read_state(unet, base)
-    target = read_state(unet, target)
+    base = read_state(unet, *base)
+    target = read_state(unet, *target)
     for name, weight in unet.state_dict().items():          # its tensors are the weights themselves
         weight += scale * (target[name] - base[name])
 
 
-def fetch(source, name):
-    """This file of the folder `source`, or of the repository owner/name, which is kept in runs/cache."""
+def fetch(source, name, optional=False):
+    """This file of the folder `source`, or of the repository owner/name, which is kept in runs/cache.
+
+    Or, where no file can be written, in PyTorch's own cache.  What is optional may be None, and that is kept, too.
+    """
     path = Path(source) / name
+    require(not Path(source).is_file(), f"{source} is a single file; diffusers makes it a folder that is read here: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
     if not Path(source).is_dir():
         require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)),
                 f"{source} is neither a folder nor the owner/name of a Hugging Face repository")
-        path = Path("runs/cache") / str(source).replace("/", "--") / name
-        if not path.exists():
+        cache = "runs/cache" if os.access(".", os.W_OK) else torch.hub.get_dir()
+        path = Path(cache, str(source).replace("/", "--"), name)
+        none = path.with_name(f".no-{path.name}")
+        if not path.exists() and not (optional and none.exists()):
             hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            download(f"{hub}/{source}/resolve/main/{name}", path)
-    require(path.is_file(), f"{source} has no {name}")
-    return path
+            if not download(f"{hub}/{source}/resolve/main/{name}", path, optional):
+                save_json(none, {})
+    require(optional or path.is_file(), f"{source} has no {name}")
+    return path if path.is_file() else None
 
 
 def fetch_weights(source, name):
-    """The weights as safetensors or, if there are none, as older repositories have them: .bin of torch.save."""
-    older = re.sub(r"\bmodel\.safetensors$", "pytorch_model.bin", name).replace(".safetensors", ".bin")
-    try:
-        return fetch(source, name)
-    except UserError:
-        with contextlib.suppress(UserError):
-            return fetch(source, older)
-        raise
+    """The files that hold a network's weights, one or several shards, as diffusers or transformers wrote them.
+
+    name: a new model's file.  Full precision comes before half, and safetensors before .bin of torch.save.
+    """
+    find = partial(fetch, source, optional=True)
+    stem = name.removesuffix(".safetensors")
+    older = re.sub(r"\bmodel$", "pytorch_model", stem)
+    for variant, (stem, kind) in product(("", ".fp16", ".bf16", ".non_ema"), ((stem, ".safetensors"), (older, ".bin"))):
+        if file := find(f"{stem}{variant}{kind}"):
+            return [file]
+        if index := find(f"{stem}{kind}.index{variant}.json"):
+            shards = read_json(index).get("weight_map", {}).values()
+            return [fetch(source, f"{Path(name).parent / shard}") for shard in sorted({*shards})]
+    return [fetch(source, name)]                            # there is none: UserError
 
 
-def download(url, path):
-    """A file, whole or not at all.  (torch.hub.download_url_to_file would keep a part.)"""
+def download(url, path, optional=False):
+    """A file, whole or not at all: torch.hub.download_url_to_file would keep a part.  False: there is no such file."""
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, replacing(path) as part, open(part, "wb") as file:
             size = int(reply.headers["Content-Length"] or 0)
@@ -1576,7 +1737,10 @@ def download(url, path):
                 shutil.copyfileobj(reply, watched)
             require(size in (0, file.tell()), f"broke off at {file.tell()} of {size} bytes")
     except Exception as error:                              # a network fails in any way
+        if optional and getattr(error, "code", None) == 404:
+            return False
         raise UserError(f"{url}: {one_line(error)}; is the name right, and the model public?") from None
+    return True
 
 
 def read_json(path):
@@ -1599,10 +1763,17 @@ class Pipeline:
     configs: dict
     shape: tuple = ()
 
+    @cached_property
+    def schedule(self):
+        """The noise of a diffusion model, None for a velocity.  What its file leaves out is as in diffusers."""
+        config = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear") | self.configs["scheduler"]
+        names = f"{config.get('_class_name')} {config.get('prediction_type')}"
+        return None if re.search("flow|velocity", names, re.IGNORECASE) else from_config(Schedule, config)
+
 
 def load_pipeline(source):
     """A Pipeline from a folder in the layout of diffusers, or from a Hugging Face repository owner/name."""
-    tokenizer = CLIPTokenizer(fetch(source, "tokenizer/vocab.json"), fetch(source, "tokenizer/merges.txt"))
+    tokenizer = load_tokenizer(source, "tokenizer/")
     configs = {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
     parts = {}
     for name, network in NETWORKS.items():
@@ -1611,15 +1782,28 @@ def load_pipeline(source):
             parts[name] = from_config(network, configs[name])
         if configs[name].get("_class_name") == "StackedUNet":
             parts[name] = StackedUNet(parts[name])
-        parts[name].load_state_dict(read_state(parts[name], fetch_weights(source, WEIGHTS[name])), assign=True)
+        parts[name].load_state_dict(read_state(parts[name], *fetch_weights(source, WEIGHTS[name])), assign=True)
+    rows = parts["text_encoder"].text_model["embeddings"]["token_embedding"].num_embeddings
+    require(max(tokenizer.vocab.values()) < rows, f"{source}: the tokenizer knows more words than the text encoder")
     wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
     given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
     require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
     return Pipeline(tokenizer, **parts, configs=configs)
 
 
+def load_tokenizer(source, folder=""):
+    """The tokenizer in this folder of a model, from the files of any version of transformers."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    whole, *notes = (fetch(source, folder + name, optional=True) for name in names)
+    files = [whole, whole] if whole else [fetch(source, folder + name) for name in ("vocab.json", "merges.txt")]
+    return CLIPTokenizer(*files, [*filter(None, notes)])
+
+
 def prepare(pipe, device, sides):
-    """Move the parts to the device, frozen.  sides: height and width of the pictures, 0 for what it was trained at."""
+    """Move the parts to the device, frozen.  sides: height and width of the pictures, 0 for what it was trained at.
+
+    Returns both sides.
+    """
     for module in (pipe.text_encoder, pipe.unet, pipe.vae):
         place(module, device).eval().requires_grad_(False)
     factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
@@ -1629,6 +1813,7 @@ def prepare(pipe, device, sides):
     require(good, one_line(f"--size {' '.join(map(str, sides))} (0: the model's sample_size) wants one or two numbers "
                            f"up to 8192 that are divisible by {factor}"))
     pipe.shape = pipe.vae.post_quant_conv.in_channels, *(side // factor for side in sides)
+    return sides
 
 
 def save_pipeline(run, name, pipe, student=None):
@@ -1646,7 +1831,7 @@ def save_pipeline(run, name, pipe, student=None):
             save_safetensors(part / path, getattr(pipe, name).state_dict())
         for name, config in pipe.configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
-        save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})
+        save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})   # unless it has its own
         for path in pipe.tokenizer.files:
             shutil.copy(path, part / "tokenizer")
         index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -1823,6 +2008,8 @@ def parse_config(Config, argv=None):
     given = vars(parser.parse_args(argv))
     config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
     for name, value in vars(config).items():
+        if isinstance(value, str):                          # the shell leaves --data=~/photos as it is
+            setattr(config, name, os.path.expanduser(value))
         low, high = getattr(types[name], "__metadata__", (-math.inf, math.inf))
         for number in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
@@ -1830,16 +2017,25 @@ def parse_config(Config, argv=None):
     return config
 
 
+def same(a, b):
+    """Whether two values of a setting are one: a path may be spelled in several ways, and JSON has no tuples."""
+    if a and b and isinstance(a, str) and isinstance(b, str):
+        return os.path.realpath(a) == os.path.realpath(b)
+    return json.dumps(a) == json.dumps(b)
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part."""
+    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part.
+
+    A draft lies in a folder of its own, so that processes which write the same file do not meet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
         yield part
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if not (part.is_dir() and path.is_dir()):           # a folder that another process made first serves as well
+            os.replace(part, path)
 
 
 def save_json(path, content):
@@ -1888,6 +2084,7 @@ class Run:
         self.config = config
         self.script = Path(script)
         self.claimed = False
+        self.inputs = {}
         self.device = choose_device(config.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
@@ -1896,15 +2093,22 @@ class Run:
             raise UserError(f"--batch {config.batch} cannot be shared evenly by {self.world} processes "
                             f"with --accumulate {config.accumulate}")
 
+    def reads(self, name, content):
+        """Note a digest of what this run reads, a network or plain data: with other contents it cannot be continued."""
+        if isinstance(content, nn.Module):
+            tensors = {key: tensor.cpu().contiguous().flatten() for key, tensor in content.state_dict().items()}
+            content = {key: hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() for key, flat in tensors.items()}
+        self.inputs[name] = "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
     def claim(self):
         """Make the folder this run's own before the first file is written there; UserError if other things are in it.
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
         record = self.folder / "run.json"
-        settings = dataclasses.asdict(self.config)
+        settings = dataclasses.asdict(self.config) | self.inputs
         new = self.rank == 0 and not self.claimed
-        if new and any(path.name != ".part-run.json" for path in self.folder.glob("*")):
+        if new and any(not path.name.startswith(".part-") for path in self.folder.glob("*")):
             try:
                 content = json.loads(record.read_text())
                 old = dict(content["settings"]) if content["script"] == self.script.name else None
@@ -1920,14 +2124,23 @@ class Run:
             else:
                 self.compare(old, settings, self.folder)
         if new and not record.exists():
-            save_json(record, surroundings(self.script) | {"settings": settings})
+            content = surroundings(self.script) | {"settings": settings}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                record.touch(exist_ok=False)                # of several that start here at once, one goes on
+            except FileExistsError:
+                raise UserError(f"another run has just begun in {self.folder}; choose another --out") from None
+            save_json(record, content)
+        for draft in [*self.folder.rglob(".part-*")] if new else []:
+            shutil.rmtree(draft, ignore_errors=True)        # what was in hand when this run was killed
         self.claimed = True
         self.wait()
 
     def compare(self, old, new, where):
         """UserError if `where` was made with other settings than the new ones, but for those that may change."""
+        free = self.config.may_change | (self.inputs.keys() - old.keys())       # older runs do not say what they read
         for name, value in new.items():
-            if name not in self.config.may_change and json.dumps(old.get(name)) != json.dumps(value):
+            if name not in free and not same(old.get(name), value):
                 raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {value}: "
                                 "add --fresh to start over, or --out elsewhere")
 
@@ -1948,7 +2161,7 @@ class Run:
         self.claim()
         config = dataclasses.replace(self.config, **changes)
         path = self.folder / f"{name}.pt"
-        settings = dataclasses.asdict(config) | {"stage": name}
+        settings = dataclasses.asdict(config) | self.inputs | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
         optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
         last, log = 0, []
@@ -1996,12 +2209,17 @@ def choose_device(name):
         raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
     torch.set_float32_matmul_precision("high")              # TF32; the one switch that torch.compile accepts everywhere
     torch.backends.cudnn.benchmark = name == "cuda"
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
-                                timeout=datetime.timedelta(hours=24))       # the others wait while rank 0 downloads
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if name == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ and not dist.is_initialized():
+            if not 0 <= int(os.environ["RANK"]) < int(os.environ.get("WORLD_SIZE", 0)):     # PyTorch would wait forever
+                raise ValueError("it is not below WORLD_SIZE")
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
+                                    timeout=datetime.timedelta(hours=24))   # the others wait while rank 0 downloads
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"unset RANK, or start by torchrun, which sets more than that: {error}") from None
     return device
 
 
@@ -2015,6 +2233,8 @@ def note_stop(number, frame):
 def launch(main, Config):
     """Entry point: a user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
     STOP.clear()
+    with contextlib.suppress(AttributeError):               # a letter that the terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, note_stop)
     signal.signal(signal.SIGTERM, note_stop)
     try:
@@ -2233,6 +2453,61 @@ def read_labels(images, tolerance=0.15):
     seen = left[rows, best] < tolerance * areas[best]
     label = (colour * len(SHAPES) + best // templates.shape[1]) * len(BACKGROUNDS) + ground
     return torch.where(seen, label, -1)
+
+
+def files_below(folder, above=()):
+    """All files below a folder, in order and without hidden ones; a link to a folder is a folder."""
+    above = *above, folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:                   # a link back up would never end
+            yield from files_below(path, above)
+
+
+def some(words):
+    """The first nine, for a line on the screen."""
+    return ", ".join(words[:9]) + ", ..." * (len(words) > 9)
+
+
+def decode_files(paths, size):
+    """For each file uint8 (3, size, size), or None; not many more at a time than whoever asks can use."""
+    with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
+        for first in range(0, len(paths), 1024):
+            yield from pool.map(partial(decode, size=size), paths[first:first + 1024])
+
+
+def decode(path, size):
+    """An image file of any format, colour mode and size -> uint8 (3, size, size), or None if it cannot be read."""
+    try:
+        if not path.is_file():                              # a pipe would be waited for
+            return None
+        with Image.open(path) as image:                     # refuses decompression bombs
+            sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+            image.draft("RGB", (2 * size, 2 * size))        # a large JPEG decodes faster at a fraction of its size
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":                       # Pillow's own conversion would clip at 255
+                image = Image.fromarray(deep_to_bytes(np.asarray(image), sixteen))
+            image = image.convert("RGBA")                   # transparent becomes white
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)     # the central square
+            return torchvision.transforms.functional.pil_to_tensor(image)
+    except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
+        return None
+
+
+def deep_to_bytes(grey, sixteen):
+    """Grey of 16 bits, or of 32 or floats: then white is the least of 1, 255 and 65535 that no pixel exceeds.
+
+    ValueError if the brightest is not even half of that (of 1: any is): such numbers may mean anything.
+    """
+    top = grey.max()
+    white = 65535 if sixteen else next((white for white in (1, 255, 65535) if top <= white), math.nan)
+    if not (sixteen or top <= 1 or top > white / 2) or not grey.min() >= 0:
+        raise ValueError(f"grey from {grey.min()} to {top}: which number is white?")
+    return (grey / white * 255).round().astype(np.uint8)
 
 
 # endregion

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import call, load
 from PIL import Image
+from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
@@ -329,22 +330,51 @@ def test_text_encoder_equals_transformers(name, dtype):
         assert_close(ours(tokens), reference(tokens).last_hidden_state)
 
 
+@pytest.mark.parametrize("name", ["ema", "notes", "lists"])
+def test_harmless_settings_stop_nothing(tmp_path, name):
+    """What diffusers' EMAModel and trainers add, and one number written for every level."""
+    reference = reference_unet()
+    changes = {"ema": {}, "notes": dict(upcast_attention=True, dropout=0.1, trained_by=["me"], shift=2, force_upcast=None),
+               "lists": dict(attention_head_dim=[2, 2], layers_per_block=[1, 1], cross_attention_dim=[12, 12],
+                             transformer_layers_per_block=[1, 1], only_cross_attention=[False, False])}
+    if name == "ema":
+        from diffusers.training_utils import EMAModel
+        average = EMAModel(reference.parameters(), model_cls=type(reference), model_config=reference.config)
+        average.save_pretrained(tmp_path)
+        changes["ema"] = json.loads((tmp_path / "config.json").read_text())
+        assert "optimization_step" in changes["ema"]
+    ours = chapter.from_config(chapter.UNet, settings(reference) | changes[name])
+    ours.load_state_dict(reference.state_dict())
+    x, time, text = noise(2, 4, 8, 8), torch.tensor([1000.0, 3.0]), noise(2, 5, 12)
+    with torch.no_grad():
+        assert_close(ours(x, time, text), reference(x, time, text).sample)
+
+
 @pytest.mark.parametrize("cls, build, change, words", [
-    ("UNet", reference_unet, {"act_fn": "gelu"}, "act_fn"),
+    ("UNet", reference_unet, {"act_fn": "gelu"}, 'act_fn is "gelu"'),
     ("UNet", reference_unet, {"norm_eps": 1e-6}, "norm_eps"),
-    ("UNet", reference_unet, {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
+    ("UNet", reference_unet, {"flip_sin_to_cos": False}, "flip_sin_to_cos is false"),
     ("UNet", reference_unet, {"freq_shift": 1}, "freq_shift"),
-    ("UNet", reference_unet, {"attention_head_dim": [2, 4]}, "UNet"),
+    ("UNet", reference_unet, {"use_linear_projection": True}, "use_linear_projection is true"),
+    ("UNet", reference_unet, {"class_embed_type": "timestep"}, 'class_embed_type is "timestep"'),
+    ("UNet", reference_unet, {"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block is [1, 2]"),
+    ("UNet", reference_unet, {"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
+    ("UNet", reference_unet, {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ("UNet", reference_unet, {"addition_embed_type": "text"}, "addition_embed_type"),
+    ("VAE", reference_vae, {"shift_factor": 0.1}, "shift_factor is 0.1"),
+    ("VAE", reference_vae, {"use_quant_conv": False}, "use_quant_conv is false"),
+    ("VAE", reference_vae, {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean is [0.1"),
+    ("UNet", reference_unet, {"attention_head_dim": [2, 4]}, "attention_head_dim is [2, 4]"),
     ("UNet", reference_unet, {"attention_head_dim": 3}, "3 heads"),
     ("UNet", reference_unet, {"norm_num_groups": 5}, "UNet"),
-    ("UNet", reference_unet, {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
-    ("UNet", reference_unet, {"down_block_types": 3}, "UNet"),
+    ("UNet", reference_unet, {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, 'is ["AttnDownBlock2D"'),
+    ("UNet", reference_unet, {"down_block_types": 3}, "down_block_types is 3"),
     ("UNet", reference_unet, {"block_out_channels": [8, 16, 16]}, "UNet"),
     ("UNet", reference_unet, {"block_out_channels": []}, "UNet"),
     ("UNet", reference_unet, {"block_out_channels": [9, 18], "norm_num_groups": 3, "attention_head_dim": 3}, "9, 18"),
     ("VAE", reference_vae, {"act_fn": "relu"}, "act_fn"),
-    ("VAE", reference_vae, {"block_out_channels": 7}, "VAE"),
-    ("VAE", reference_vae, {"scaling_factor": "x"}, "VAE"),
+    ("VAE", reference_vae, {"block_out_channels": 7}, "block_out_channels is 7"),
+    ("VAE", reference_vae, {"scaling_factor": "x"}, 'scaling_factor is "x"'),
     ("VAE", reference_vae, {"scaling_factor": 0}, "scale 0"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_act": "silu"}, "silu"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
@@ -493,6 +523,71 @@ def test_tokenizer_of_a_small_vocabulary_has_no_unknown_letters(tmp_path):
     (tmp_path / "m").write_text("a b</w>\n")               # without the header line
     tokenizer = chapter.CLIPTokenizer(tmp_path / "v", tmp_path / "m", length=6)
     assert tokenizer(["ab AAB", "c"]).tolist() == [[0, 4, 2, 4, 1, 1], [0, 1, 1, 1, 1, 1]]
+
+
+def learnt(folder, pad, layout):
+    """A tokenizer with words that were learnt, as transformers adds them; saved by it, or as its versions 2 to 4 did."""
+    reference = transformers.CLIPTokenizer(*map(str, write_vocabulary(folder)))
+    token = functools.partial(AddedToken, normalized=True)
+    reference.add_tokens(["<cat-toy>", "Zorgle", "sks", "sks2"])
+    if layout == "5":
+        reference.add_tokens([token("Word", single_word=True), AddedToken("Raw", normalized=False), token("\u00c9T\u00c9")])
+    if pad == "new":
+        reference.add_special_tokens({"pad_token": "<pad>"})
+    elif pad:
+        reference.pad_token = pad
+    if layout == "5":
+        reference.save_pretrained(folder)
+        (folder / "vocab.json").unlink(), (folder / "merges.txt").unlink()
+        return transformers.CLIPTokenizer.from_pretrained(folder)
+    first = len(vocabulary()[0])
+    added = {word: number for number, word in ((i, w.content) for i, w in reference.added_tokens_decoder.items())
+             if number >= first}
+    if layout == "4":
+        decoder = {str(i): dict(content=t.content, normalized=t.normalized, single_word=t.single_word, special=t.special)
+                   for i, t in reference.added_tokens_decoder.items()}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder,
+                                                                  "pad_token": reference.pad_token}))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    old = {"content": reference.pad_token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": old if pad == "new" else reference.pad_token}))
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+LEARNT = ["<cat-toy>", "a <CAT-TOY>s", "zorgle ZorgLe", "asks sks2x sks", "word Word sword words, word.", "raw Raw draw Raws",
+          "\u00e9t\u00e9 e\u0301TE\u0301", "hello! wow!!a", "<pad> <PAD>", "<|endoftext|>!<|startoftext|>", "sks\n<cat-toy>"]
+
+
+@pytest.mark.parametrize("layout", ["5", "4", "2"])
+@pytest.mark.parametrize("pad", [None, "!", "new"])
+def test_learnt_words_and_pad_tokens_equal_transformers(tmp_path, layout, pad):
+    reference = learnt(tmp_path, pad, layout)
+    ours = chapter.load_tokenizer(tmp_path)
+    rng = random.Random(2)
+    texts = ["", *LEARNT, *(" ".join(rng.sample(LEARNT + PIECES, 5)) for _ in range(200)),
+             *("".join(rng.sample(LEARNT, 4)) for _ in range(50))]
+    rows = reference(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(ours(texts), rows)
+    assert set(rows[1].tolist()) & {len(vocabulary()[0])} and (rows[0, -1] != ours.end) == bool(pad)
+
+
+def test_exports_keep_learnt_words(layout, references, tmp_path):
+    """The folder that the chapter writes has the tokenizer's every file, for us and for transformers."""
+    shutil.copytree(layout, tmp_path / "model", ignore=lambda folder, names: ["tokenizer"])
+    theirs = learnt(tmp_path / "model/tokenizer", "!", "5")
+    encoder = copy.deepcopy(references["text_encoder"])
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path / "model")
+    assert "more words than the text encoder" in one_line(error)
+    encoder.resize_token_embeddings(len(theirs))
+    encoder.save_pretrained(tmp_path / "model/text_encoder")
+    pipe = chapter.load_pipeline(tmp_path / "model")
+    chapter.save_pipeline(SimpleNamespace(folder=tmp_path, rank=0), "export", pipe)
+    again = transformers.CLIPTokenizer.from_pretrained(tmp_path / "export/tokenizer")
+    expected = theirs(LEARNT, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    for tokens in (again(LEARNT, padding="max_length", max_length=77, return_tensors="pt")["input_ids"], pipe.tokenizer(LEARNT),
+                   chapter.load_pipeline(tmp_path / "export").tokenizer(LEARNT)):
+        assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize("vocab, merges", [
@@ -751,6 +846,153 @@ def test_pipeline_from_a_folder(layout, references):
     assert_pipeline(chapter.load_pipeline(str(layout)), references)
 
 
+SCHEDULERS = {
+    "v, linear": diffusers.DDIMScheduler(prediction_type="v_prediction"),
+    "v, scaled": diffusers.PNDMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    "sample": diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, prediction_type="sample"),
+    "eps, linear": diffusers.DPMSolverMultistepScheduler(),
+    "eps, few levels": diffusers.UniPCMultistepScheduler(num_train_timesteps=200, beta_end=0.05),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_pictures_are_those_of_diffusers_whatever_its_scheduler_says(layout, references, tmp_path, name):
+    """A network of any prediction, noise by any betas: DPM-Solver's pictures differ by 1 of 255 at most."""
+    shutil.copytree(layout, tmp_path / "model")
+    SCHEDULERS[name].save_pretrained(tmp_path / "model/scheduler")
+    pipe = chapter.load_pipeline(tmp_path / "model")
+    chapter.prepare(pipe, torch.device("cpu"), [8, 8])
+    prompts = chapter.Prompts(pipe, ["a cute cat", "riding"])
+    vae = copy.deepcopy(references["vae"])
+    for decoder in (pipe.vae.decoder, vae.decoder):
+        decoder.conv_out.weight *= 0.3                     # the picture of random weights would be clipped
+    number = torch.arange(6)
+    ours = torch.cat([*chapter.pictures(chapter.Sampler(prompts, pipe.unet, "dpm", 6, 3.0), 0, number, number, 4)])
+
+    same = {key: SCHEDULERS[name].config[key] for key in ("num_train_timesteps", "beta_start", "beta_end",
+                                                          "beta_schedule", "prediction_type")}
+    theirs = diffusers.StableDiffusionPipeline(
+        vae, references["text_encoder"], transformers.CLIPTokenizer(*map(str, pipe.tokenizer.files),
+                                                                    model_max_length=77),
+        references["unet"], diffusers.DPMSolverMultistepScheduler(**same), None, None, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(["a cute cat", "riding"] * 3, num_inference_steps=6, guidance_scale=3.0, output_type="pt",
+                      height=8, width=8, latents=chapter.pair_noise(0, number, pipe.shape)).images * 2 - 1
+    assert (expected.abs() < 1).float().mean() > 0.5 and expected.std() > 0.1
+    assert (chapter.to_bytes(ours).int() - chapter.to_bytes(expected).int()).abs().max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, betas", itertools.product(["epsilon", "v_prediction", "sample"], ["linear", "scaled_linear"]))
+def test_a_prediction_of_any_kind_holds_the_same_noise(kind, betas):
+    schedule = chapter.Schedule(0.0001, 0.02, betas, 1000, kind)
+    reference = diffusers.DDIMScheduler(beta_schedule=betas)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+    close((schedule.a ** 2).float(), reference.alphas_cumprod)
+    x1, x0, s = noise(5, 3, dtype=torch.float64), noise(5, 3, dtype=torch.float64, seed=2), torch.tensor([0, 9, 300, 700, 999])
+    a, b = schedule.a[s, None], schedule.b[s, None]
+    output = {"epsilon": x0, "v_prediction": a * x0 - b * x1, "sample": x1}[kind]
+    close(schedule.noise(output, a * x1 + b * x0, s.double()), x0)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true"), ({"beta_start": "x"}, 'beta_start is "x"'),
+    ({"trained_betas": [0.1, 0.2]}, "trained_betas"), ({"beta_end": 2.0}, "2.0"), ({"num_train_timesteps": 1.5}, "num_train"),
+    ({"prediction_type": "noise"}, "prediction_type is noise"), ({"sigma_data": 0.5}, "sigma_data")])
+def test_another_noise_is_one_line(layout, change, words):
+    pipe = chapter.load_pipeline(layout)                   # without its schedule: a velocity can be sampled
+    pipe.configs["scheduler"] |= change
+    with pytest.raises(UserError) as error:
+        pipe.schedule
+    assert words in one_line(error)
+
+
+def test_what_a_scheduler_leaves_out_is_as_in_diffusers(layout):
+    pipe = chapter.load_pipeline(layout)
+    pipe.configs["scheduler"] = {}
+    reference = diffusers.DDIMScheduler()
+    assert pipe.schedule.predicts == reference.config.prediction_type == "epsilon"
+    torch.testing.assert_close((pipe.schedule.a ** 2).float(), reference.alphas_cumprod, rtol=1e-6, atol=1e-6)
+
+
+WAYS = {    # how diffusers and transformers write weights
+    "shards": dict(max_shard_size="9KB"), "fp16": dict(variant="fp16"), "fp16 shards": dict(variant="fp16", max_shard_size="9KB"),
+    "not averaged": dict(variant="non_ema"), "bin": dict(safe_serialization=False),
+    "bin shards": dict(safe_serialization=False, max_shard_size="9KB"),
+    "fp16 bin shards": dict(safe_serialization=False, variant="fp16", max_shard_size="9KB")}
+
+
+def written(references, layout, folder, way):
+    """The model written this way, with its tokenizer as transformers 5 writes it: tokenizer.json alone."""
+    for name, model in references.items():
+        model.save_pretrained(folder / name, **WAYS[way])
+        assert not {"model.safetensors", "diffusion_pytorch_model.safetensors"} & set(os.listdir(folder / name)) \
+            or "safe_serialization" in WAYS[way]
+    shutil.copytree(layout / "scheduler", folder / "scheduler")
+    transformers.CLIPTokenizer.from_pretrained(layout / "tokenizer").save_pretrained(folder / "tokenizer")
+    assert not (folder / "tokenizer/vocab.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pipelines_in_every_layout(references, layout, server, tmp_path, way):
+    """From a folder and from a repository; the second time no question is asked."""
+    server.folder = folder = written(references, layout, tmp_path / "model", way)
+    assert_pipeline(chapter.load_pipeline(folder), references)
+    for _ in range(2):
+        assert_pipeline(chapter.load_pipeline("owner/name"), references)
+        asked, server.log = server.log, []
+    assert not asked
+
+
+@pytest.mark.parametrize("way", ["shards", "fp16", "fp16 shards"])
+def test_clip_in_every_layout(server, tmp_path, way):
+    """Both towers and the tokenizer, from a folder and from a repository."""
+    sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text = sizes | dict(vocab_size=len(vocabulary()[0]), eos_token_id=len(vocabulary()[0]) - 1)
+    config = transformers.CLIPConfig(text_config=text, vision_config=sizes | dict(image_size=24, patch_size=8), projection_dim=6)
+    reference = fill(transformers.CLIPModel(config))
+    server.folder = tmp_path / "clip"
+    reference.save_pretrained(server.folder, **WAYS[way])
+    write_vocabulary(tmp_path / "words")
+    transformers.CLIPTokenizer.from_pretrained(tmp_path / "words").save_pretrained(server.folder)
+    for source in (server.folder, "owner/name"):
+        ours = chapter.CLIP(source)
+        tokens = ours.tokenizer(["a cute cat"])
+        expected = F.normalize(reference.get_text_features(tokens).pooler_output, dim=1)
+        torch.testing.assert_close(ours.embed_texts(["a cute cat"]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_differences_in_every_layout(references, layout, tmp_path):
+    """Full precision comes before half; a folder with a shard less names it."""
+    folder = written(references, layout, tmp_path / "model", "shards")
+    unet = chapter.load_pipeline(layout).unet
+    before = {name: t.clone() for name, t in unet.state_dict().items()}
+    chapter.merge_delta(unet, *(chapter.fetch_weights(source, BIG) for source in (layout, folder)))
+    assert_same_tensors(unet.state_dict(), before)
+    diffusers.UNet2DConditionModel(**dict(references["unet"].config)).save_pretrained(folder / "unet", variant="fp16")
+    chapter.merge_delta(unet, *(chapter.fetch_weights(source, BIG) for source in (layout, folder)))
+    assert_same_tensors(unet.state_dict(), before)
+    next((folder / "unet").glob("*model-00002-of-*")).unlink()
+    with pytest.raises(UserError) as error:
+        chapter.fetch_weights(folder, BIG)
+    assert "model-00002-of" in one_line(error)
+
+
+@pytest.mark.parametrize("option", ["--model", "--delta", "--clip"])
+def test_a_checkpoint_in_one_file_says_what_to_do(layout, tmp_path, monkeypatch, capsys, option):
+    (tmp_path / "v1-5.safetensors").write_bytes(safetensors_bytes({}))
+    monkeypatch.chdir(tmp_path)
+    more = {"--model": (), "--delta": ("v1-5.safetensors", "--model", layout), "--clip": ("--captions", "c.txt", "--model", layout)}
+    (tmp_path / "c.txt").write_text("a")
+    args = ("evaluate" if option == "--clip" else "sample", option, "v1-5.safetensors", *more[option])
+    assert call(chapter, *args, *(() if option == "--clip" else ("--prompt", "a")), patch=monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "from_single_file" in err and "v1-5.safetensors is a single file" in err
+
+
 def older(layout, folder):
     """The same model as repositories had it before safetensors: its weights in files of torch.save."""
     shutil.copytree(layout, folder)
@@ -863,17 +1105,22 @@ def server(layout, tmp_path, monkeypatch):
 CACHE = Path("runs/cache/owner--name")
 
 
+OPTIONAL = {f"tokenizer/{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")}
+
+
 def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+    """What was fetched; .no-NAME notes that there is no such file."""
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("[!.]*") if path.is_file())
 
 
 def test_pipeline_from_a_repository_is_fetched_once(server, references, layout):
     assert_pipeline(chapter.load_pipeline("owner/name"), references)
-    assert sorted(server.log) == files(CACHE) == sorted(FILES)
+    assert sorted(set(server.log) - OPTIONAL) == files(CACHE) == sorted(FILES) and len(server.log) == len(set(server.log))
     for name in FILES:
         assert (CACHE / name).read_bytes() == (layout / name).read_bytes()
+    asked = len(server.log)
     assert_pipeline(chapter.load_pipeline("owner/name"), references)
-    assert len(server.log) == len(FILES)                   # the second time from the cache
+    assert len(server.log) == asked                        # the second time from the cache
 
 
 @pytest.mark.parametrize("fault", ["cut", "longer"])
@@ -1147,6 +1394,103 @@ def test_lora_identities(tmp_path):
     assert_same_tensors(merged(no_alpha, 1.0), merged(full, 1.0))
 
 
+# The same LoRA as people have it.  diffusers' and PEFT's names of its layers, and the Kohya names of LAYERS
+PLACES = {path: name for name, path in LAYERS.items() if "attn" in path}
+
+
+def peft_spelling(models, kind, prefix=""):
+    """lora_A and lora_B of a network's attention layers, as PEFT names them."""
+    tensors = lora(models, [*PLACES.values()])
+    return {f"{prefix}{path}.lora_{letter}.weight": tensors[f"{name}.lora_{side}.weight"] for path, name in PLACES.items()
+            if name.split("_")[1] == kind for letter, side in (("A", "down"), ("B", "up"))}
+
+
+def diffusers_now(models, folder):
+    """What its training scripts save; alpha is 6 for the U-Net, and twice that for one layer."""
+    pattern = {"attn2.to_k": 12}
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        folder, peft_spelling(models, "unet"), peft_spelling(models, "te"),
+        unet_lora_adapter_metadata=dict(r=RANK, lora_alpha=6, alpha_pattern=pattern))
+    return folder, {"unet": 6 / RANK, "attn2.to_k": 12 / RANK}
+
+
+def diffusers_2023(models, folder):
+    """lora_linear_layer in the text encoder and .lora.up in the U-Net, without any alpha; the file of torch.save."""
+    from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_diffusers
+    unet, text = (peft_spelling(models, kind) for kind in ("unet", "te"))
+    unet = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for name, t in unet.items()}
+    text = convert_state_dict_to_diffusers(text, StateDictType.PEFT)
+    assert any("q_proj.lora_linear_layer.up" in name for name in text)
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet, text, safe_serialization=False)
+    return folder / "pytorch_lora_weights.bin", {}
+
+
+def processors(models, folder):
+    """The oldest one: beside a layer's processor, the U-Net's without the prefix, and to_out without its number."""
+    state = {}
+    for path, t in [*peft_spelling(models, "unet").items(), *peft_spelling(models, "te", "text_encoder.").items()]:
+        path = path.replace(".lora_A", "_lora.down").replace(".lora_B", "_lora.up").replace("to_out.0", "to_out")
+        path = path.replace("self_attn.q_proj", "self_attn.to_q")
+        state[path if "self_attn" in path else path.replace(".to_", ".processor.to_")] = t
+    assert diffusers.utils.state_dict_utils.convert_unet_state_dict_to_peft(state).keys() >= peft_spelling(models, "unet").keys()
+    return saved(state, folder / "old.safetensors"), {}
+
+
+def kohya_of_diffusers(models, folder):
+    """Its own converter: lora_te1_..., alpha is the rank; wrapped, as by some trainers."""
+    state = peft_spelling(models, "unet", "unet.") | peft_spelling(models, "te", "text_encoder.")
+    state = diffusers.utils.convert_state_dict_to_kohya(state)
+    assert any(name.startswith("lora_te1_") for name in state) and any(name.endswith("alpha") for name in state)
+    torch.save({"state_dict": {name: t * 2 if name.endswith("alpha") else t for name, t in state.items()}}, folder / "k.ckpt")
+    return folder / "k.ckpt", {"": 2.0}
+
+
+def adapter(models, folder):
+    """PEFT's files of the U-Net's adapter, as PeftModel.save_pretrained names and fills them."""
+    saved(peft_spelling(models, "unet", "base_model.model."), folder / "adapter_model.safetensors")
+    notes = dict(peft_type="LORA", r=RANK, lora_alpha=6, alpha_pattern={}, use_rslora=True)
+    (folder / "adapter_config.json").write_text(json.dumps(notes))
+    return folder, {"unet": 6 / RANK ** 0.5, "self_attn": None}
+
+
+def adapter_file(models, folder):
+    return adapter(models, folder)[0] / "adapter_model.safetensors", {"unet": 6 / RANK ** 0.5, "self_attn": None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", [diffusers_now, diffusers_2023, processors, kohya_of_diffusers, adapter, adapter_file])
+def test_lora_in_every_spelling(tmp_path, write):
+    """W + s B A in each of its layers, s = alpha / rank where an alpha is told, else 1; no other weight moves."""
+    models, before = modules(), modules()
+    path, scales = write(before, tmp_path)
+    chapter.merge_lora(models, path, 0.7)
+    tensors = lora(before, [*PLACES.values()])
+    for dotted, name in PLACES.items():
+        scale = [1.0, *(scale for key, scale in scales.items() if key in dotted or key == name.split("_")[1])][-1]
+        layer = layer_of(before, name).weight
+        if scale:
+            up, down = (tensors[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+            layer += 0.7 * scale * up @ down
+    for kind in models:
+        torch.testing.assert_close(dict(models[kind].state_dict()), dict(before[kind].state_dict()))
+
+
+@torch.no_grad()
+def test_lora_of_peft_itself(tmp_path):
+    """An adapter with ranks and alphas of its own for some layers: merged as PEFT merges it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1"],
+                             rank_pattern={"attn1.to_q": 2}, alpha_pattern={"attn2.to_k": 9, "mid_block.*.to_q": 3})
+    theirs, ours = reference_unet(), twin(reference_unet(), chapter.UNet)
+    model = peft.get_peft_model(theirs, config)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.copy_(0.3 * noise(*p.shape, seed=len(name)))
+    model.save_pretrained(tmp_path)
+    chapter.merge_lora({"unet": ours}, tmp_path)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(model.merge_and_unload().state_dict()))
+
+
 @torch.no_grad()
 def test_lora_into_half_precision_rounds_once(tmp_path):
     models = {"unet": small_unet().half()}
@@ -1161,24 +1505,28 @@ def test_lora_into_half_precision_rounds_once(tmp_path):
 
 
 FIRST = "lora_unet_time_embedding_linear_1"
+LAYER = FIRST.removeprefix("lora_unet_")
 
 
 @pytest.mark.parametrize("change, words", [
     ({f"lora_unet_no_{i}.lora_up.weight": torch.zeros(2, 2) for i in range(5)}, "lora_unet_no_0"),
     ({"lora_unet_no.lora_up.weight": torch.zeros(2, 2), "lora_unet_no.lora_down.weight": torch.zeros(2, 2)},
      "lora_unet_no"),
-    ({"unet.conv_in.lora_A.weight": torch.zeros(2, 2)}, "unet"),
+    ({"unet.conv_in.lora_A.weight": torch.zeros(2, 2)}, "conv_in: up or down is missing"),
     ({f"{FIRST}.lora_mid.weight": torch.zeros(3, 3)}, f"{FIRST}.lora_mid.weight"),
-    ({f"{FIRST}.hada_w1_a": torch.zeros(3, 3)}, f"{FIRST}.hada_w1_a"),
-    ({f"{FIRST}.dora_scale": torch.zeros(3)}, f"{FIRST}.dora_scale"),
-    ({f"{FIRST}.lora_up.weight": None}, f"{FIRST}.lora_up.weight"),
-    ({f"{FIRST}.lora_down.weight": torch.zeros(3, 9)}, FIRST),
-    ({f"{FIRST}.lora_down.weight": torch.zeros(4, 8)}, FIRST),
-    ({f"{FIRST}.lora_up.weight": torch.zeros(31, 3)}, FIRST),
-    ({f"{FIRST}.lora_up.weight": torch.tensor(1.0)}, FIRST),
-    ({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}, FIRST),
-    ({f"{FIRST}.lora_down.weight": torch.zeros(0, 8), f"{FIRST}.lora_up.weight": torch.zeros(32, 0)}, FIRST),
-    ({f"{FIRST}.alpha": torch.zeros(2)}, FIRST),
+    ({f"{FIRST}.hada_w1_a": torch.zeros(3, 3)}, f"no plain LoRA (but a LoHa, a DoRA, ...?): {FIRST}.hada_w1_a"),
+    ({f"{FIRST}.dora_scale": torch.zeros(3)}, f"no plain LoRA (but a LoHa, a DoRA, ...?): {FIRST}.dora_scale"),
+    ({"unet.conv_in.lora_magnitude_vector": torch.zeros(3)}, "no plain LoRA (but a LoHa, a DoRA, ...?): unet.conv_in"),
+    ({f"{FIRST}.lora_up.weight": None}, f"{LAYER}: up or down is missing"),
+    ({f"unet.{LAYER}.lora_B.weight": torch.zeros(32, 3)}, f"unet.{LAYER}.lora_B.weight: no such layer, or a second"),
+    ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(2, 2)}, "lora_te2_text_model"),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(3, 9)}, LAYER),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(4, 8)}, LAYER),
+    ({f"{FIRST}.lora_up.weight": torch.zeros(31, 3)}, LAYER),
+    ({f"{FIRST}.lora_up.weight": torch.tensor(1.0)}, LAYER),
+    ({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}, LAYER),
+    ({f"{FIRST}.lora_down.weight": torch.zeros(0, 8), f"{FIRST}.lora_up.weight": torch.zeros(32, 0)}, LAYER),
+    ({f"{FIRST}.alpha": torch.zeros(2)}, LAYER),
     ({"lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight": torch.zeros(2, 2)}, "layers_9_mlp_fc1"),
 ])
 def test_wrong_lora_is_one_line(tmp_path, change, words):
@@ -1195,7 +1543,7 @@ def test_wrong_lora_is_one_line(tmp_path, change, words):
 def test_weight_differences(tmp_path):
     """W += scale (W_target - W_base), tensor by tensor; equal files change nothing; there and back restores."""
     plain = dict(small_unet(0).state_dict())
-    base, target = (saved(small_unet(seed).state_dict(), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
+    base, target = ([saved(small_unet(seed).state_dict(), tmp_path / f"{seed}.safetensors")] for seed in (1, 2))
     unet = small_unet(0)
     chapter.merge_delta(unet, base, base)
     assert_same_tensors(unet.state_dict(), plain)
@@ -1216,6 +1564,6 @@ def test_weight_differences_of_another_network_change_nothing(tmp_path):
     bad = saved(state, tmp_path / "bad.safetensors")
     for pair in ((good, bad), (bad, good)):
         with pytest.raises(UserError) as error:
-            chapter.merge_delta(unet, *pair)
+            chapter.merge_delta(unet, *([path] for path in pair))
         assert "bad.safetensors" in one_line(error) and "conv_in.weight" in one_line(error)
     assert_same_tensors(unet.state_dict(), small_unet().state_dict())

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,9 +105,33 @@ def test_a_diffusion_model_is_solved_or_read_as_a_velocity(guidance, calls):
     eps = partial(chapter.guided(unet, max(1.0, guidance)), text=text, null=null)
     ends = {"dpm": chapter.dpm_solver(eps, x0, 5), "ddim": chapter.integrate(chapter.velocity_from_eps(eps), x0, 5)[-1]}
     for solver, end in ends.items():
-        sampler = chapter.Sampler(SimpleNamespace(null=null), unet, solver, 5, guidance)
+        prompts = SimpleNamespace(null=null, pipe=SimpleNamespace(schedule=chapter.Schedule()))
+        sampler = chapter.Sampler(prompts, unet, solver, 5, guidance)
         close(sampler(x0, text), end, atol=1e-6)
         assert sampler.evaluations == 3 * 5 * calls
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("predicts", ["v_prediction", "sample"])
+def test_a_diffusion_model_draws_the_same_whatever_it_predicts(predicts, guidance):
+    """x0, a x0 - b x1 and x1 tell the same, under guidance too, and between two noise levels."""
+    plain, other = (chapter.Schedule(0.0001, 0.02, "linear", 1000, kind) for kind in ("epsilon", predicts))
+    x, (text, null) = torch.randn(3, 2, 4, 4), texts(3)
+
+    def eps(x, s, text):
+        return torch.sin(x + s[:, None, None, None] / 300) + text.mean((1, 2))[:, None, None, None]
+
+    def translated(x, s, text):
+        ratio = torch.as_tensor(np.interp(s, np.arange(1000), torch.log(plain.a / plain.b)))[:, None, None, None]
+        a, b, noise = torch.sigmoid(2 * ratio).sqrt(), torch.sigmoid(-2 * ratio).sqrt(), eps(x, s, text)
+        x1 = (x - b * noise) / a
+        return a * noise - b * x1 if predicts == "v_prediction" else x1
+    for solver in ("dpm", "ddim"):
+        ends = []
+        for schedule, network in ((plain, eps), (other, translated)):
+            prompts = SimpleNamespace(null=null, pipe=SimpleNamespace(schedule=schedule))
+            ends.append(chapter.Sampler(prompts, network, solver, 7, guidance)(x, text))
+        close(ends[0], ends[1], atol=1e-4 * ends[0].abs().max().item())
 
 
 def test_distillation_sees_the_noise_and_nothing_of_the_target():
@@ -323,7 +348,7 @@ def pipe(vocabulary):
     tokenizer = chapter.CLIPTokenizer(*vocabulary)
     return chapter.Pipeline(tokenizer, chapter.CLIPTextEncoder(len(tokenizer.vocab), 8, 1, 2, inner=16).eval(),
                             chapter.UNet((4, 8), 1, (False, True), 2, 8, groups=1),
-                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {}, (4, 8, 8))
+                            chapter.VAE((4, 4), 1, groups=1, scale=0.7), {"scheduler": {}}, (4, 8, 8))
 
 
 def test_every_word_of_the_captions_is_one_token(vocabulary):
@@ -1160,7 +1185,7 @@ def test_a_wrong_clip_is_one_line(judge, tmp_path, part, change):
 @pytest.mark.parametrize("args, words", [
     ((), ("--captions",)), (("--captions", "nowhere.json"), ("nowhere.json",)), (("--fid",), ("--captions",)),
     (("--captions", "c.txt", "--fid"), ("--real",)), (("--captions", "c.txt", "--fid", "--real", "no"), ("--real",)),
-    (("--captions", "c.txt", "--clip", "nowhere"), ("config.json",)),
+    (("--captions", "c.txt", "--clip", "nowhere"), ("nowhere",)),
     (("--captions", "c.txt", "--fid", "--real", ".", "--data-dir", "nowhere"), ("inception",)),
     (("--captions", "c.txt", "--model", "nowhere"), ("nowhere",)),
 ])
@@ -1187,9 +1212,58 @@ def test_fewer_pairs_than_processes_are_refused():
         chapter.check_settings(SimpleNamespace(config=config, world=4))
 
 
-def test_a_velocity_is_no_teacher(finished, run, here):
-    """A chain on it would train to its end and draw nonsense."""
+SCHEDULERS = {  # what a scheduler_config.json may say -> the words that name it
+    "ours": ({"prediction_type": "velocity"}, "model predicts velocity"),
+    "diffusers": ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction",
+                   "use_flow_sigmas": True}, "model predicts velocity"),
+    "matching": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None}, "model predicts velocity"),
+    "instaflow": ({"_class_name": "InstaFlowScheduler"}, "model predicts velocity"),
+    "zero": ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true"),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2")}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_is_no_teacher_can_be_sampled(finished, run, here, name):
+    """A chain on it would train to its end and draw nonsense: a line before anything is written."""
+    change, words = SCHEDULERS[name]
     (here / "prompts.txt").write_text("a red circle on a white background\n")
-    code, _, err = run(*TINY, "--model", finished.folder / "2-rf-0", "--prompts", "prompts.txt", "--out", "mine")
+    shutil.copytree(finished.folder / "teacher", here / "model")
+    path = here / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    code, _, err = run(*TINY, "--model", "model", "--prompts", "prompts.txt", "--out", "mine")
     assert code == 2 and not (here / "mine").exists()
-    one_line(err, "2-rf-0 predicts velocity")
+    one_line(err, words)
+    assert run("sample", "--model", "model", "--prompt", "a", "--solver", "dpm", "--steps", 2)[0] == 2
+    assert run("sample", "--model", "model", "--prompt", "a")[0] == 0
+
+
+@pytest.mark.parametrize("kind, sign, words", [
+    ("epsilon", 1, None), ("epsilon", -1, "predicts velocity"), ("v_prediction", -1, None), ("sample", -1, None)])
+def test_a_velocity_that_calls_itself_noise_is_found_out(pipe, kind, sign, words):
+    """InstaFlow's public files do; what it sees in pure noise x0 is about -x0."""
+    pipe.configs["scheduler"] = {"prediction_type": kind}
+    prompts = chapter.Prompts(pipe, ["a red circle"])
+    pipe.unet = lambda x, s, text: sign * x + 0.5 * torch.randn_like(x)
+    with pytest.raises(chapter.UserError, match=words) if words else nullcontext():
+        chapter.check_teacher("model", prompts)
+
+
+@pytest.mark.parametrize("kind, turned", [("epsilon", True), ("v_prediction", True), ("sample", False)])
+def test_students_begin_near_a_velocity(tmp_path, pipe, monkeypatch, kind, turned):
+    """The teacher's output with its sign changed, unless it holds the picture already."""
+    starts = []
+    for name in ("write_pairs", "load_pairs", "save_pipeline"):
+        monkeypatch.setattr(chapter, name, lambda *arguments: None)
+    monkeypatch.setattr(chapter, "train_student", lambda run, name, unet, *rest: starts.append(unet) or unet)
+    pipe.configs["scheduler"] = {"prediction_type": kind}
+    chapter.students(some_run(tmp_path), chapter.Prompts(pipe, ["a red circle"]), None, 0)
+    assert len(starts) == 4
+    for start in (starts[0], *starts[2:]):
+        assert torch.equal(start.conv_out.weight, pipe.unet.conv_out.weight * (-1 if turned else 1))
+
+
+def test_a_dollar_in_a_prompt_is_a_dollar(tmp_path):
+    texts = ["a $5 cat", r"$\nosuchcommand{$", "100 % of a_b^2 \\ $", "$$"]
+    pictures = torch.zeros(4, 3, 8, 8)
+    chapter.draw_grid({"one": pictures, "two": pictures}, texts, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
