@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import hashlib
 import inspect
 import json
 import math
@@ -34,6 +35,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -568,6 +570,8 @@ def parse_config(Config, argv=None):
     given = vars(parser.parse_args(argv))
     config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
     for name, value in vars(config).items():
+        if isinstance(value, str):                          # the shell leaves --data=~/photos as it is
+            setattr(config, name, os.path.expanduser(value))
         low, high = getattr(types[name], "__metadata__", (-math.inf, math.inf))
         for number in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
@@ -575,16 +579,25 @@ def parse_config(Config, argv=None):
     return config
 
 
+def same(a, b):
+    """Whether two values of a setting are one: a path may be spelled in several ways, and JSON has no tuples."""
+    if a and b and isinstance(a, str) and isinstance(b, str):
+        return os.path.realpath(a) == os.path.realpath(b)
+    return json.dumps(a) == json.dumps(b)
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part."""
+    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part.
+
+    A draft lies in a folder of its own, so that processes which write the same file do not meet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
         yield part
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if not (part.is_dir() and path.is_dir()):           # a folder that another process made first serves as well
+            os.replace(part, path)
 
 
 def save_json(path, content):
@@ -633,6 +646,7 @@ class Run:
         self.config = config
         self.script = Path(script)
         self.claimed = False
+        self.inputs = {}
         self.device = choose_device(config.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
@@ -641,15 +655,22 @@ class Run:
             raise UserError(f"--batch {config.batch} cannot be shared evenly by {self.world} processes "
                             f"with --accumulate {config.accumulate}")
 
+    def reads(self, name, content):
+        """Note a digest of what this run reads, a network or plain data: with other contents it cannot be continued."""
+        if isinstance(content, nn.Module):
+            tensors = {key: tensor.cpu().contiguous().flatten() for key, tensor in content.state_dict().items()}
+            content = {key: hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() for key, flat in tensors.items()}
+        self.inputs[name] = "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
     def claim(self):
         """Make the folder this run's own before the first file is written there; UserError if other things are in it.
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
         record = self.folder / "run.json"
-        settings = dataclasses.asdict(self.config)
+        settings = dataclasses.asdict(self.config) | self.inputs
         new = self.rank == 0 and not self.claimed
-        if new and any(path.name != ".part-run.json" for path in self.folder.glob("*")):
+        if new and any(not path.name.startswith(".part-") for path in self.folder.glob("*")):
             try:
                 content = json.loads(record.read_text())
                 old = dict(content["settings"]) if content["script"] == self.script.name else None
@@ -665,14 +686,23 @@ class Run:
             else:
                 self.compare(old, settings, self.folder)
         if new and not record.exists():
-            save_json(record, surroundings(self.script) | {"settings": settings})
+            content = surroundings(self.script) | {"settings": settings}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                record.touch(exist_ok=False)                # of several that start here at once, one goes on
+            except FileExistsError:
+                raise UserError(f"another run has just begun in {self.folder}; choose another --out") from None
+            save_json(record, content)
+        for draft in [*self.folder.rglob(".part-*")] if new else []:
+            shutil.rmtree(draft, ignore_errors=True)        # what was in hand when this run was killed
         self.claimed = True
         self.wait()
 
     def compare(self, old, new, where):
         """UserError if `where` was made with other settings than the new ones, but for those that may change."""
+        free = self.config.may_change | (self.inputs.keys() - old.keys())       # older runs do not say what they read
         for name, value in new.items():
-            if name not in self.config.may_change and json.dumps(old.get(name)) != json.dumps(value):
+            if name not in free and not same(old.get(name), value):
                 raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {value}: "
                                 "add --fresh to start over, or --out elsewhere")
 
@@ -693,7 +723,7 @@ class Run:
         self.claim()
         config = dataclasses.replace(self.config, **changes)
         path = self.folder / f"{name}.pt"
-        settings = dataclasses.asdict(config) | {"stage": name}
+        settings = dataclasses.asdict(config) | self.inputs | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
         optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
         last, log = 0, []
@@ -741,12 +771,17 @@ def choose_device(name):
         raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
     torch.set_float32_matmul_precision("high")              # TF32; the one switch that torch.compile accepts everywhere
     torch.backends.cudnn.benchmark = name == "cuda"
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
-                                timeout=datetime.timedelta(hours=24))       # the others wait while rank 0 downloads
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if name == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ and not dist.is_initialized():
+            if not 0 <= int(os.environ["RANK"]) < int(os.environ.get("WORLD_SIZE", 0)):     # PyTorch would wait forever
+                raise ValueError("it is not below WORLD_SIZE")
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
+                                    timeout=datetime.timedelta(hours=24))   # the others wait while rank 0 downloads
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"unset RANK, or start by torchrun, which sets more than that: {error}") from None
     return device
 
 
@@ -760,6 +795,8 @@ def note_stop(number, frame):
 def launch(main, Config):
     """Entry point: a user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
     STOP.clear()
+    with contextlib.suppress(AttributeError):               # a letter that the terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, note_stop)
     signal.signal(signal.SIGTERM, note_stop)
     try:

@@ -33,6 +33,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def main(config):
     flow = Flow(config, images.shape[1], classes)
     if config.teacher:
         flow = load_flow(config.teacher, run, images.shape[1], classes)
+        run.reads("teacher_weights", flow)
     else:
         draw = partial(draw_independent, to_device(images, run.device), labels.to(run.device) if classes else None)
         flow = run.fit("1-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=1)
@@ -219,7 +221,7 @@ def load_flow(path, run, channels, classes):
         for name in ("image_size", "channels", "mult", "blocks", "attention", "conditional"):
             theirs = content["config"][name]
             ours = getattr(run.config, name)
-            if json.dumps(theirs) != json.dumps(ours):      # as text: JSON has no tuples
+            if not same(theirs, ours):
                 raise UserError(f"{path} was made with --{name.replace('_', '-')} {theirs}, this run has {ours}")
         flow.load_state_dict(content["model"])
         if "optimizer" in content:
@@ -450,7 +452,8 @@ def draw_samples(strips, path):
     figure, axes = new_figure(1, size=6.0)
     figure.set_size_inches(0.62 * width / height + 1.6, 0.62 * len(rows))
     axes[0, 0].imshow(np.concatenate(rows), interpolation="nearest")
-    axes[0, 0].set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips))
+    axes[0, 0].set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips),
+                          parse_math=False)                 # a class may be named $
     axes[0, 0].tick_params(length=0, labelbottom=False)
     axes[0, 0].spines[:].set_visible(False)
     save_figure(figure, path)
@@ -596,51 +599,110 @@ def load_data(run):
 
 def load_cifar10(run):
     """CIFAR-10's 50,000 training images by torchvision, which compares checksums before it unpickles."""
-    folder = run.config.data_dir
+    cifar10 = torchvision.datasets.CIFAR10
+    unpacked = Path(run.config.data_dir, "cifar-10-batches-py")
     try:
-        if run.config.download and run.rank == 0:
-            torchvision.datasets.CIFAR10(folder, download=True)
+        if run.config.download and run.rank == 0 and not unpacked.exists():
+            with replacing(unpacked) as part:               # torchvision itself would write where others read
+                cifar10(part.parent, download=True)
         run.wait()
-        data = torchvision.datasets.CIFAR10(folder)
+        data = cifar10(unpacked.parent)
     except (OSError, RuntimeError) as error:                # no network; missing or broken files
-        raise UserError(f"no CIFAR-10 in {folder}; --download fetches it (170 MB): {error}") from None
+        raise UserError(f"no CIFAR-10 in {unpacked}; --download fetches it (170 MB) if no such folder is there: "
+                        f"{error}") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
     images = F.interpolate(images, run.config.image_size, mode="bicubic", antialias=True).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
 
+SPLITS = {"train", "val", "valid", "validation", "test"}    # of train/ and test/ above the classes, only train/ is read
+
+
 def load_folder(run):
     """Images in class sub-folders, or in the folder itself: then they are one class."""
     root = Path(run.config.data).resolve()
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
-    files = [(path, folder.name) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
-        jobs = pool.imap(partial(decode, size=run.config.image_size), [path for path, _ in files], chunksize=32)
-        images = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
-    good = [(image, name) for image, (_, name) in zip(images, files) if image is not None]
-    bad = [str(path) for image, (path, _) in zip(images, files) if image is None]
-    if bad and run.rank == 0:
-        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:9])}", file=sys.stderr)
+    skipped = []
+    if "train" in folders(root) <= SPLITS:
+        skipped = [f"{name}/" for name in sorted(folders(root) - {"train"})]
+        root = root / "train"
+    classes = folders(root)
+    found = [(path, path.relative_to(root).as_posix()) for path in files_below(root)]
+    files = [(path, name) for path, name in found if not classes or name.split("/")[0] in classes]      # none beside
+    jobs = decode_files([path for path, _ in files], run.config.image_size)
+    decoded = list(tqdm(jobs, "reading images", len(files), disable=None, leave=False))
+    good = {name: image for image, (_, name) in zip(decoded, files) if image is not None}
     if len(good) < 2:
         raise UserError(f"--data {run.config.data}: {len(good)} readable images are no distribution")
-    names, labels = np.unique([name for _, name in good], return_inverse=True)      # no class without an image
-    return torch.stack([image for image, _ in good]), torch.from_numpy(labels), names.tolist()
+    skipped += [name for _, name in found if name not in good]
+    names, labels, counts = np.unique([name.split("/")[0] if classes else root.name for name in good],
+                                      return_inverse=True, return_counts=True)      # no class without an image
+    names = [os.fsencode(name).decode(errors="replace") for name in names]          # figures want Unicode
+    if run.rank == 0:
+        print(f"{root}: read {len(good)} pictures; {len(names)} classes: "
+              + some([f"{name} {count}" for name, count in zip(names, counts)])
+              + f"; skipped {len(skipped)}: {some(skipped)}" * bool(skipped))
+    run.reads("pictures", [(name, path.stat().st_size) for path, name in files if name in good])
+    return torch.stack([*good.values()]), torch.from_numpy(labels), names
+
+
+def folders(root):
+    """The names of the folders in a folder, without hidden ones."""
+    return {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
+def files_below(folder, above=()):
+    """All files below a folder, in order and without hidden ones; a link to a folder is a folder."""
+    above = *above, folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:                   # a link back up would never end
+            yield from files_below(path, above)
+
+
+def some(words):
+    """The first nine, for a line on the screen."""
+    return ", ".join(words[:9]) + ", ..." * (len(words) > 9)
+
+
+def decode_files(paths, size):
+    """For each file uint8 (3, size, size), or None; not many more at a time than whoever asks can use."""
+    with ThreadPool() as pool:                              # threads are enough: Pillow frees the interpreter lock
+        for first in range(0, len(paths), 1024):
+            yield from pool.map(partial(decode, size=size), paths[first:first + 1024])
 
 
 def decode(path, size):
     """An image file of any format, colour mode and size -> uint8 (3, size, size), or None if it cannot be read."""
     try:
+        if not path.is_file():                              # a pipe would be waited for
+            return None
         with Image.open(path) as image:                     # refuses decompression bombs
+            sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
             image.draft("RGB", (2 * size, 2 * size))        # a large JPEG decodes faster at a fraction of its size
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                  # 16-bit grey: Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.mode[0] in "IF":                       # Pillow's own conversion would clip at 255
+                image = Image.fromarray(deep_to_bytes(np.asarray(image), sixteen))
             image = image.convert("RGBA")                   # transparent becomes white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)     # the central square
             return torchvision.transforms.functional.pil_to_tensor(image)
     except Exception:       # broken files make decoders raise about anything: OSError, SyntaxError, struct.error, ...
         return None
+
+
+def deep_to_bytes(grey, sixteen):
+    """Grey of 16 bits, or of 32 or floats: then white is the least of 1, 255 and 65535 that no pixel exceeds.
+
+    ValueError if the brightest is not even half of that (of 1: any is): such numbers may mean anything.
+    """
+    top = grey.max()
+    white = 65535 if sixteen else next((white for white in (1, 255, 65535) if top <= white), math.nan)
+    if not (sixteen or top <= 1 or top > white / 2) or not grey.min() >= 0:
+        raise ValueError(f"grey from {grey.min()} to {top}: which number is white?")
+    return (grey / white * 255).round().astype(np.uint8)
 
 
 # ---- Network: DDPM++ [Song+21] under the parameter names of the public EDM checkpoints; Flow makes it a velocity -----
@@ -963,6 +1025,8 @@ def parse_config(Config, argv=None):
     given = vars(parser.parse_args(argv))
     config = Config(**Config.presets[given.get("preset", Config.preset)] | given)
     for name, value in vars(config).items():
+        if isinstance(value, str):                          # the shell leaves --data=~/photos as it is
+            setattr(config, name, os.path.expanduser(value))
         low, high = getattr(types[name], "__metadata__", (-math.inf, math.inf))
         for number in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
@@ -970,16 +1034,25 @@ def parse_config(Config, argv=None):
     return config
 
 
+def same(a, b):
+    """Whether two values of a setting are one: a path may be spelled in several ways, and JSON has no tuples."""
+    if a and b and isinstance(a, str) and isinstance(b, str):
+        return os.path.realpath(a) == os.path.realpath(b)
+    return json.dumps(a) == json.dumps(b)
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part."""
+    """Write beside, then rename: whoever looks sees the old file or the whole new one, never a part.
+
+    A draft lies in a folder of its own, so that processes which write the same file do not meet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
         yield part
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if not (part.is_dir() and path.is_dir()):           # a folder that another process made first serves as well
+            os.replace(part, path)
 
 
 def save_json(path, content):
@@ -1028,6 +1101,7 @@ class Run:
         self.config = config
         self.script = Path(script)
         self.claimed = False
+        self.inputs = {}
         self.device = choose_device(config.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder = Path(config.out or f"runs/{self.script.stem}/{config.preset}")
@@ -1036,15 +1110,22 @@ class Run:
             raise UserError(f"--batch {config.batch} cannot be shared evenly by {self.world} processes "
                             f"with --accumulate {config.accumulate}")
 
+    def reads(self, name, content):
+        """Note a digest of what this run reads, a network or plain data: with other contents it cannot be continued."""
+        if isinstance(content, nn.Module):
+            tensors = {key: tensor.cpu().contiguous().flatten() for key, tensor in content.state_dict().items()}
+            content = {key: hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() for key, flat in tensors.items()}
+        self.inputs[name] = "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
     def claim(self):
         """Make the folder this run's own before the first file is written there; UserError if other things are in it.
 
         fit() calls it, so mistakes found before (no such data, ...) leave nothing behind.
         """
         record = self.folder / "run.json"
-        settings = dataclasses.asdict(self.config)
+        settings = dataclasses.asdict(self.config) | self.inputs
         new = self.rank == 0 and not self.claimed
-        if new and any(path.name != ".part-run.json" for path in self.folder.glob("*")):
+        if new and any(not path.name.startswith(".part-") for path in self.folder.glob("*")):
             try:
                 content = json.loads(record.read_text())
                 old = dict(content["settings"]) if content["script"] == self.script.name else None
@@ -1060,14 +1141,23 @@ class Run:
             else:
                 self.compare(old, settings, self.folder)
         if new and not record.exists():
-            save_json(record, surroundings(self.script) | {"settings": settings})
+            content = surroundings(self.script) | {"settings": settings}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                record.touch(exist_ok=False)                # of several that start here at once, one goes on
+            except FileExistsError:
+                raise UserError(f"another run has just begun in {self.folder}; choose another --out") from None
+            save_json(record, content)
+        for draft in [*self.folder.rglob(".part-*")] if new else []:
+            shutil.rmtree(draft, ignore_errors=True)        # what was in hand when this run was killed
         self.claimed = True
         self.wait()
 
     def compare(self, old, new, where):
         """UserError if `where` was made with other settings than the new ones, but for those that may change."""
+        free = self.config.may_change | (self.inputs.keys() - old.keys())       # older runs do not say what they read
         for name, value in new.items():
-            if name not in self.config.may_change and json.dumps(old.get(name)) != json.dumps(value):
+            if name not in free and not same(old.get(name), value):
                 raise UserError(f"{where} was made with {name}={old.get(name)}, now it is {value}: "
                                 "add --fresh to start over, or --out elsewhere")
 
@@ -1088,7 +1178,7 @@ class Run:
         self.claim()
         config = dataclasses.replace(self.config, **changes)
         path = self.folder / f"{name}.pt"
-        settings = dataclasses.asdict(config) | {"stage": name}
+        settings = dataclasses.asdict(config) | self.inputs | {"stage": name}
         model = place(copy.deepcopy(model), self.device).train().requires_grad_(True)
         optimizer, ema = make_optimizer(model, config), EMA(model, config.ema_decay)
         last, log = 0, []
@@ -1136,12 +1226,17 @@ def choose_device(name):
         raise UserError(f"--device {name}: this machine has no {name} device that torch can use")
     torch.set_float32_matmul_precision("high")              # TF32; the one switch that torch.compile accepts everywhere
     torch.backends.cudnn.benchmark = name == "cuda"
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
-                                timeout=datetime.timedelta(hours=24))       # the others wait while rank 0 downloads
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if name == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ and not dist.is_initialized():
+            if not 0 <= int(os.environ["RANK"]) < int(os.environ.get("WORLD_SIZE", 0)):     # PyTorch would wait forever
+                raise ValueError("it is not below WORLD_SIZE")
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", device_id=device if name == "cuda" else None,
+                                    timeout=datetime.timedelta(hours=24))   # the others wait while rank 0 downloads
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"unset RANK, or start by torchrun, which sets more than that: {error}") from None
     return device
 
 
@@ -1155,6 +1250,8 @@ def note_stop(number, frame):
 def launch(main, Config):
     """Entry point: a user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
     STOP.clear()
+    with contextlib.suppress(AttributeError):               # a letter that the terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, note_stop)
     signal.signal(signal.SIGTERM, note_stop)
     try:

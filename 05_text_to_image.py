@@ -1006,7 +1006,7 @@ class CLIPTokenizer:
             self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
             for word in (*self.ENDS, pad):
                 words[word] = {"id": self.vocab[word], "normalized": False} | words.get(word, {})
-            self.start, self.end, self.pad = (int(words[word]["id"]) for word in (*self.ENDS, pad))
+            self.start, self.end, self.pad = (self.vocab[word] for word in (*self.ENDS, pad))
             exact = {word: notes for word, notes in words.items() if not notes.get("normalized", True)}
             loose = {self.plain(word): notes for word, notes in words.items() if word not in exact}
             self.cut_exact, self.cut_loose = map(cutter, (exact, loose))
@@ -1067,7 +1067,7 @@ def read_vocabulary(vocab_json, merges_txt, notes):
         config = config | notes.get("special_tokens_map.json", {})
     pad = config.get("pad_token") or "<|endoftext|>"
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    vocab = vocab | {word: int(notes["id"]) for word, notes in words.items()}
+    vocab = {word: int(number) for word, number in (vocab | {word: words[word]["id"] for word in words}).items()}
     return vocab, merges, words, pad["content"] if isinstance(pad, dict) else pad
 
 
@@ -1509,7 +1509,7 @@ class CLIP(CLIPTextEncoder):
         self.text_projection = nn.Linear(text["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.visual_projection = nn.Linear(image["hidden_size"], config.get("projection_dim", 512), bias=False)
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
-        self.load_state_dict(read_state(self, *fetch_weights(folder, "model.safetensors")))
+        self.load_state_dict(read_state(self, *fetch_weights(folder, "model")))
         self.eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(folder)
 
@@ -1531,8 +1531,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 NETWORKS = {"vae": VAE, "unet": UNet, "text_encoder": CLIPTextEncoder}
-WEIGHTS = {"vae": "vae/diffusion_pytorch_model.safetensors", "unet": "unet/diffusion_pytorch_model.safetensors",
-           "text_encoder": "text_encoder/model.safetensors"}
+WEIGHTS = {"vae": "vae/diffusion_pytorch_model", "unet": "unet/diffusion_pytorch_model",
+           "text_encoder": "text_encoder/model"}
 
 
 def one_line(error):
@@ -1652,7 +1652,7 @@ def merge_lora(modules, path, scale=1.0):
             delta = scale * float(alpha) / len(down) * up @ down
             require(delta.shape == weight.flatten(1).shape, "of another shape")
             weight.data += delta.reshape(weight.shape)
-        except (UserError, ValueError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        except Exception as error:                          # hostile files fail in any way
             raise UserError(f"{path} does not fit these networks: {name}: {one_line(error)}") from None
 
 
@@ -1661,19 +1661,20 @@ def read_lora(path):
     config = (path if path.is_dir() else path.parent) / "adapter_config.json"          # PEFT's
     notes = read_json(config) if config.exists() else {}
     if path.is_dir():
-        path, *_ = fetch_weights(path, f"{'adapter_model' if notes else 'pytorch_lora_weights'}.safetensors")
+        path, *_ = fetch_weights(path, "adapter_model" if notes else "pytorch_lora_weights")
     tensors = load_tensors(path)
     require(tensors, f"{path} holds no LoRA")
     if path.suffix == ".safetensors":                       # it is sound, or load_tensors would have refused it
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        notes |= json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+            notes |= {"header": json.loads(file.read(int.from_bytes(file.read(8), "little")))}
     return tensors, notes
 
 
 def lora_alpha(notes, kind, name, rank):
     """alpha of a layer, of which not all LoRAs keep one beside the factors; else the rank, for a scale of 1."""
     start = {"unet": "unet.", "te": "text_encoder."}[kind]
+    if "header" in notes:                                   # of safetensors, where diffusers writes it
+        notes = notes | json.loads(notes["header"].get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
     notes = notes | {key.removeprefix(start): value for key, value in notes.items() if key.startswith(start)}
     alphas = [alpha for pattern, alpha in notes.get("alpha_pattern", {}).items()
               if re.fullmatch(rf"(.*\.)?({pattern})", name)]
@@ -1714,18 +1715,19 @@ def fetch(source, name, optional=False):
 def fetch_weights(source, name):
     """The files that hold a network's weights, one or several shards, as diffusers or transformers wrote them.
 
-    name: a new model's file.  Full precision comes before half, and safetensors before .bin of torch.save.
+    name: of a new model's file.  Full precision comes before half, and safetensors before .bin of torch.save.
     """
     find = partial(fetch, source, optional=True)
-    stem = name.removesuffix(".safetensors")
-    older = re.sub(r"\bmodel$", "pytorch_model", stem)
-    for variant, (stem, kind) in product(("", ".fp16", ".bf16", ".non_ema"), ((stem, ".safetensors"), (older, ".bin"))):
+    older = re.sub(r"\bmodel$", "pytorch_model", name)
+    for variant, (stem, kind) in product(("", ".fp16", ".bf16", ".non_ema"), ((name, ".safetensors"), (older, ".bin"))):
         if file := find(f"{stem}{variant}{kind}"):
             return [file]
         if index := find(f"{stem}{kind}.index{variant}.json"):
-            shards = read_json(index).get("weight_map", {}).values()
-            return [fetch(source, f"{Path(name).parent / shard}") for shard in sorted({*shards})]
-    return [fetch(source, name)]                            # there is none: UserError
+            shards = read_json(index).get("weight_map")
+            require(isinstance(shards, dict) and shards, f"{index} names no files")
+            shards = sorted({Path(str(shard)).name for shard in shards.values()})
+            return [fetch(source, f"{Path(name).parent / shard}") for shard in shards]
+    return [fetch(source, f"{name}.safetensors")]           # there is none: UserError
 
 
 def download(url, path, optional=False):
@@ -1828,7 +1830,7 @@ def save_pipeline(run, name, pipe, student=None):
         pipe = dataclasses.replace(pipe, unet=student, configs=configs)
     with replacing(folder) as part:
         for name, path in WEIGHTS.items():
-            save_safetensors(part / path, getattr(pipe, name).state_dict())
+            save_safetensors(part / f"{path}.safetensors", getattr(pipe, name).state_dict())
         for name, config in pipe.configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
         save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})   # unless it has its own

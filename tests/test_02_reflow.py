@@ -628,6 +628,28 @@ def test_other_settings_do_not_continue_a_run(finished, run, here):
     assert same_run(folder, finished.folder)
 
 
+@pytest.mark.parametrize("change", [lambda: Path("photos/cat").rename("photos/tiger"),
+                                    lambda: Path("photos/cat/0.png").unlink()], ids=["a class", "a picture"])
+def test_a_run_goes_on_with_the_same_pictures_alone(run, here, monkeypatch, change):
+    """Their folder may be spelled in any way."""
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    draw_pictures(here / "photos", ["cat", "dog"], 8)
+    assert run(*TINY, "--data", "photos")[0] == 0
+    for path in ("photos/", "./photos", here / "photos"):
+        code, _, err = run(*TINY, "--data", path)
+        assert code == 0, err
+    change()
+    code, _, err = run(*TINY, "--data", "photos")
+    assert code == 2
+    one_line(err, "pictures=sha256:")
+
+
+def test_a_class_may_have_any_name_in_a_figure(tmp_path):
+    names = ["as $a", "as $\\frac{a$", "as äpfel 🍎"]
+    chapter.draw_samples({name: torch.zeros(2, 3, 8, 8) for name in names}, tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size[0] > 100
+
+
 # ---- Kills, stops, full disks ----------------------------------------------------------------------------------------
 
 UNMEASURED = "chapter.report = lambda *arguments: None"

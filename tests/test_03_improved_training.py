@@ -294,7 +294,7 @@ class Recorder:
     """Stands in for a run: remembers what it was told to fit, and returns the name."""
 
     def __init__(self, config, share):
-        self.config, self.share, self.device, self.told = config, share, CPU, []
+        self.config, self.share, self.device, self.told, self.inputs = config, share, CPU, [], {}
 
     def fit(self, name, model, loss_fn, stream=0, **changes):
         self.told.append((name, model, loss_fn, stream, changes))
@@ -1518,6 +1518,33 @@ def test_chapter_2s_network_is_taken_only_if_it_is_finished(beside):
     assert found() == ""
     SECOND.unlink()
     assert found() == ""
+
+
+def test_chapter_2s_network_is_taken_for_the_same_pictures_alone(beside):
+    """Of the same names and sizes, that is, wherever the folder is said to be."""
+    content = chapter.load_checkpoint(SECOND)
+    content["config"] |= {"data": "photos", "pictures": "sha256:1"}
+    chapter.save_checkpoint(SECOND, **content)
+    recorder = Recorder(dataclasses.replace(tiny_config(), data=f"{Path.cwd()}/photos/"), 4)
+    for pictures, path in (("sha256:1", str(SECOND)), ("sha256:2", "")):
+        recorder.inputs = {"pictures": pictures}
+        assert chapter.chapter_2(recorder, "1-rf") == path
+
+
+@pytest.mark.parametrize("given", [[], ["--teacher", "./" + str(SECOND)]], ids=["chapter 2's", "given"])
+def test_a_teacher_that_has_been_replaced_is_not_gone_on_with(run, here, unmeasured, beside, given):
+    args = [*TINY, "--configs", "A", *given]
+    for _ in range(2):
+        code, _, err = run(*args)
+        assert code == 0, err
+    content = chapter.load_checkpoint(SECOND)
+    chapter.save_checkpoint(SECOND, **content | {"log": ["trained again, to the same end"]})
+    assert run(*args)[0] == 0
+    content["model"]["model.map_layer0.bias"] += 1e-3
+    chapter.save_checkpoint(SECOND, **content)
+    code, _, err = run(*args)
+    assert code == 2
+    one_line(err, "teacher_weights=")
 
 
 def test_chapter_2s_defaults_are_those_of_this_chapter(here):

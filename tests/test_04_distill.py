@@ -771,7 +771,7 @@ def beside(second, here):
 def found(name, **changes):
     """What chapter_2 finds for the tiny settings with these changes."""
     config = dataclasses.replace(chapter.parse_config(chapter.Config, TINY), **changes)
-    return chapter.chapter_2(SimpleNamespace(config=config), name, **(
+    return chapter.chapter_2(SimpleNamespace(config=config, inputs={}), name, **(
         {"steps": config.reflow_steps} if name == "2-rf" else {}))
 
 
@@ -791,6 +791,13 @@ def test_chapter_2s_networks_spare_the_same_here(finished, here, run, beside, mo
     assert code == 0 and {path.stem for path in folder.glob("*.pt")} == {*STUDENTS, *own}, err
     assert {stage for stage, _ in log_rows(folder)} == {*STUDENTS, *own}
     assert same_weights(finished.folder, folder, *STUDENTS, *own)
+    for name, key in (("2-rf", "reflow_weights"), ("1-rf", "teacher_weights"))[len(own):]:      # other weights
+        content = chapter.load_checkpoint(SECOND / f"{name}.pt")
+        content["model"]["model.map_layer0.bias"] += 1e-3
+        chapter.save_checkpoint(SECOND / f"{name}.pt", **content)
+        code, _, err = run(*TINY)
+        assert code == 2
+        one_line(err, f"{key}=")
 
 
 def test_chapter_2s_networks_are_not_taken_beside_another_teacher(here, run, beside, monkeypatch):
@@ -824,7 +831,7 @@ def test_chapter_2s_defaults_are_those_of_this_chapter(here):
     theirs, config = load("02_reflow").Config(), chapter.Config()
     for name, steps in (("1-rf", theirs.steps), ("2-rf", theirs.reflow_steps)):
         chapter.save_checkpoint(SECOND / f"{name}.pt", config=dataclasses.asdict(theirs) | {"steps": steps}, model={})
-    run = SimpleNamespace(config=config)
+    run = SimpleNamespace(config=config, inputs={})
     assert chapter.chapter_2(run, "1-rf") and chapter.chapter_2(run, "2-rf", steps=config.reflow_steps)
 
 

@@ -24,8 +24,9 @@ def some_run(data="shapes", **other):
     """A run with only what load_data and choose_features read."""
     config = dict(data=str(data), image_size=16, data_size=50, seed=0, download=False, data_dir="data", fid=True,
                   eval_size=20)
-    return SimpleNamespace(config=SimpleNamespace(**config | other), rank=0, wait=lambda: None,
-                           device=torch.device("cpu"))
+    inputs = {}
+    return SimpleNamespace(config=SimpleNamespace(**config | other), rank=0, wait=lambda: None, inputs=inputs,
+                           reads=inputs.__setitem__, device=torch.device("cpu"))
 
 
 def picture(path, colour=(200, 30, 30), mode="RGB", size=(40, 24), **save):
@@ -304,6 +305,32 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path):
         assert (image[:, :, :8] == 64).all() and (image[:, :, 8:] == 255).all()
 
 
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+DEEP = {        # numbers a picture may hold, and the white that they are meant against; None: nobody knows
+    "0..1 floats": (RAMP.astype(np.float32), 1), "dark floats": ((RAMP / 4).astype(np.float32), 1),
+    "0..255 floats": ((RAMP * 255).astype(np.float32), 255), "whole numbers": ((RAMP * 255).astype(np.int32), 255),
+    "large numbers": ((RAMP * 65535).astype(np.int32), 65535), "mask": ((RAMP > 0.5).astype(np.int32), 1),
+    "dark 16 bits": ((RAMP * 200).astype(np.uint16), 65535), "negative": ((RAMP - 0.5).astype(np.float32), None),
+    "nan": (np.full((64, 64), np.nan, np.float32), None), "very large": ((RAMP * 2**30).astype(np.int32), None),
+    "radiance": ((RAMP * 3.7).astype(np.float32), None), "labels": ((RAMP * 20).astype(np.int32), None),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_pictures_keep_their_brightness_or_are_skipped(tmp_path, kind):
+    numbers, white = DEEP[kind]
+    Image.fromarray(numbers).save(tmp_path / "deep.tiff")
+    if white is None:
+        assert m.decode(tmp_path / "deep.tiff", 64) is None
+    else:
+        assert abs(decoded(tmp_path / "deep.tiff", 64) - numbers / white * 255).max() <= 1
+
+
+def test_the_16_bits_of_pgm_are_16_bits_though_dark(tmp_path):
+    (tmp_path / "dark.pgm").write_bytes(b"P5 64 64 65535\n" + (RAMP * 20000).astype(">u2").tobytes())
+    assert abs(decoded(tmp_path / "dark.pgm", 64) - RAMP * 20000 / 257).max() <= 1
+
+
 def test_exif_orientation_is_obeyed(tmp_path):
     array = np.zeros((16, 16, 3), np.uint8)
     array[:8] = 255                                         # stored: white on top
@@ -359,8 +386,8 @@ def test_a_messy_folder_loads_what_it_can_and_names_the_rest(messy, capsys):
     (green,) = (i for i in range(5) if labels[i] == 1 and images[i, 1].float().mean() > 240)
     assert images[green, 0].float().mean() < 10                         # the one that lies deep
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and "skipped 4 files" in err
-    assert all(name in err for name in ("cut.jpg", "text.jpg", "empty.png", "notes.txt"))
+    assert not err and out.count("\n") == 1 and "read 5 pictures; 2 classes: zebra 3, äpfel 🍎 2; skipped 6: " in out
+    assert all(name in out for name in ("cut.jpg", "text.jpg", "empty.png", "notes.txt", "gone.png", "beside.png"))
     again = read(messy)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1]) and names == again[2]
 
@@ -381,11 +408,48 @@ def test_a_class_without_a_readable_image_is_none(tmp_path):
     assert names == ["a", "c"] and labels.tolist() == [0, 1]
 
 
-def test_a_clean_folder_prints_nothing(tmp_path, capsys):
-    for i in range(2):
-        picture(tmp_path / "data" / "a" / f"{i}.png")
+def test_of_a_clean_folder_nothing_was_skipped(tmp_path, capsys):
+    for i in range(12):
+        picture(tmp_path / "data" / f"class{i:02d}" / "1.png")
     read(tmp_path / "data")
-    assert capsys.readouterr() == ("", "")
+    numbers = ", ".join(f"class{i:02d} 1" for i in range(9))
+    assert capsys.readouterr() == (f"{tmp_path / 'data'}: read 12 pictures; 12 classes: {numbers}, ...\n", "")
+
+
+@pytest.mark.parametrize("other", ["test", "val"])
+@pytest.mark.parametrize("sub", ["cat", "dog/deep"])
+def test_of_train_and_test_above_the_classes_train_is_read(tmp_path, capsys, other, sub):
+    for split, colour in (("train", 10), (other, 250)):
+        picture(tmp_path / split / "cat" / "1.png", (colour, 0, 0))
+        picture(tmp_path / split / sub / "2.png", (colour, 0, 0))
+    images, _, names = read(tmp_path)
+    assert names == sorted({"cat", sub.split("/")[0]}) and (images[:, 0] == 10).all() and len(images) == 2
+    assert f"skipped 1: {other}/\n" in capsys.readouterr().out
+
+
+def test_train_beside_another_class_is_a_class(tmp_path):
+    for name in ("train", "bus"):
+        picture(tmp_path / name / "1.png")
+    assert read(tmp_path)[2] == ["bus", "train"]
+
+
+def test_the_list_of_pictures_is_noted_by_names_and_sizes(tmp_path):
+    """A renamed class, another file or size changes it; another place or a note beside the pictures does not."""
+    def noted(folder):
+        run = some_run(folder)
+        m.load_data(run)
+        return run.inputs["pictures"]
+    for name in ("a/1.png", "b/2.png"):
+        picture(tmp_path / "one" / name)
+    first = noted(tmp_path / "one")
+    (tmp_path / "one" / "a" / "notes.txt").write_text("hello")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert noted(tmp_path / "moved") == first
+    for change in (lambda folder: (folder / "b").rename(folder / "c"), lambda folder: picture(folder / "a" / "3.png"),
+                   lambda folder: picture(folder / "a" / "1.png", size=(300, 300))):
+        change(tmp_path / "moved")
+        assert noted(tmp_path / "moved") != first
+        first = noted(tmp_path / "moved")
 
 
 def test_images_without_sub_folders_are_one_class(tmp_path, monkeypatch):
@@ -411,6 +475,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     for i in range(2):
         picture(tmp_path / "data" / "a" / f"{i}.png")
     os.mkfifo(tmp_path / "data" / "a" / "pipe.png")
+    (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data")       # nor is this circle run forever
     assert len(read(tmp_path / "data")[0]) == 2
 
 
@@ -420,9 +485,11 @@ def test_names_that_are_not_unicode(tmp_path):
         picture(folder / f"{i}.png")
     try:
         os.rename(folder / "1.png", os.fsencode(folder) + b"/caf\xe9.png")
+        os.rename(folder, os.fsencode(tmp_path / "data") + b"/caf\xe9")
     except OSError:
         pytest.skip("this file system takes unicode names only")
-    assert len(read(tmp_path / "data")[0]) == 2
+    images, _, names = read(tmp_path / "data")
+    assert len(images) == 2 and names == ["caf\ufffd"]
 
 
 def test_pillows_guard_against_bombs_is_obeyed(tmp_path, monkeypatch, capsys):
@@ -430,7 +497,7 @@ def test_pillows_guard_against_bombs_is_obeyed(tmp_path, monkeypatch, capsys):
         picture(tmp_path / "data" / "a" / f"{name}.png", size=(side, side))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)    # an error is raised at twice this
     assert len(read(tmp_path / "data")[0]) == 2
-    assert "bomb.png" in capsys.readouterr().err
+    assert "bomb.png" in capsys.readouterr().out
 
 
 def test_a_text_chunk_that_explodes_is_skipped(tmp_path):
@@ -466,6 +533,60 @@ def test_two_thousand_photographs_are_read_in_seconds(tmp_path):
     assert time.perf_counter() - start < 8
 
 
+# ---- Pictures of chapter 5 -------------------------------------------------------------------------------------------
+
+
+def test_chapter_5_reads_the_same_files(tmp_path, capsys):
+    """Without an ending, transparent, in linked folders; what it cannot read it names."""
+    chapter = load("05_text_to_image")
+    picture(tmp_path / "real" / "1.png", (0, 0, 0, 0), "RGBA")
+    picture(tmp_path / "real" / "deep" / "2.png", (0, 0, 0)).rename(tmp_path / "real" / "deep" / "2")
+    picture(tmp_path / "elsewhere" / "3.jpg", (0, 0, 0))
+    (tmp_path / "real" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "real" / "broken.png").write_text("hello")
+    rows = chapter.real_features(lambda images: images.mean((2, 3)), str(tmp_path / "real"), torch.device("cpu"))
+    assert torch.equal(rows, torch.tensor([1.0, -1, -1])[:, None].expand(3, 3))
+    out = capsys.readouterr().out
+    assert "read 3 pictures; skipped 1: " in out and "broken.png" in out
+
+
+def test_chapter_5_needs_no_place_to_write_where_it_is_started(tmp_path, monkeypatch):
+    """What it downloads then goes where PyTorch keeps the like."""
+    chapter = load("05_text_to_image")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(chapter, "download", lambda url, path, *optional: chapter.save_json(path, {}) or True)
+    for writable, folder in ((False, "home/hub"), (True, "runs/cache")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(chapter.os, "access", lambda path, mode: writable)
+        path = chapter.fetch("owner/name", "unet/config.json")
+        assert path.resolve() == tmp_path / folder / "owner--name" / "unet" / "config.json"
+
+
+@pytest.mark.parametrize("flags, side", [([], 16), (["--preset", "gpu"], 64), (["--image-size", "32"], 32),
+                                         (["--model", "model"], 24), (["--model", "model", "--image-size", "16"], 16)])
+def test_chapter_5_draws_in_the_models_own_size(tmp_path, monkeypatch, flags, side):
+    """Unless told otherwise; a tiny model has latents of 8 x 8."""
+    chapter = load("05_text_to_image")
+    config = chapter.parse_config(chapter.Config, [*flags, "--prompts", "prompts.txt", "--device", "cpu", "--no-compile",
+                                                   "--lpips-net", "squeeze", "--lpips-weights", "random"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na $ dog\n")
+    files = chapter.write_vocabulary(["a cat"], tmp_path)
+    tokenizer = chapter.CLIPTokenizer(*files)
+    configs = chapter.tiny_configs(chapter.Config(image_size=24), tokenizer.vocab)
+    parts = {name: chapter.from_config(network, configs[name]) for name, network in chapter.NETWORKS.items()}
+    chapter.save_pipeline(SimpleNamespace(folder=tmp_path, rank=0), "model",
+                          chapter.Pipeline(tokenizer, **parts, configs=configs))
+    seen = []
+    monkeypatch.setattr(chapter, "students", lambda run, prompts, *rest: seen.append((run, prompts)))
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    monkeypatch.setattr(chapter, "tiny_teacher", lambda run: chapter.Pipeline(tokenizer, **parts, configs=configs))
+    chapter.main(config)
+    (run, prompts), = seen
+    assert config.image_size == side and prompts.pipe.shape == (4, side // 2, side // 2)       # the VAE halves once
+    assert set(run.inputs) == ({"texts", "model_weights"} if config.model else {"texts"})
+
+
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
@@ -482,20 +603,28 @@ def test_a_failing_cifar10_download_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("download, rank, asked", [(True, 0, [True, "wait", False]), (True, 1, ["wait", False]),
-                                                   (False, 0, ["wait", False])])
-def test_one_process_fetches_cifar10_before_the_others_look(monkeypatch, download, rank, asked):
-    data, calls = np.zeros((4, 32, 32, 3), np.uint8), []
-    fake = SimpleNamespace(data=data, targets=[0, 1, 1, 0], classes=["a", "b"])
+@pytest.mark.parametrize("download, rank, here, asked", [
+    (True, 0, False, ["download", "wait", "read"]), (True, 1, False, ["wait", "read"]),
+    (False, 0, False, ["wait", "read"]), (True, 0, True, ["wait", "read"])])
+def test_one_process_fetches_cifar10_before_the_others_look(tmp_path, monkeypatch, download, rank, here, asked):
+    """Into a folder of its own; it is moved to its place whole, and one that is there already stays."""
+    place, calls = tmp_path / "cifar-10-batches-py", []
+    fake = SimpleNamespace(data=np.zeros((4, 32, 32, 3), np.uint8), targets=[0, 1, 1, 0], classes=["a", "b"])
 
     def cifar(folder, download=False):
-        calls.append(download)
+        calls.append("download" if download else "read")
+        assert (folder == tmp_path) != download
+        if download:
+            (folder / place.name).mkdir()
+            (folder / place.name / "mine").touch()
         return fake
+    if here:
+        place.mkdir()
     monkeypatch.setattr(m.torchvision.datasets, "CIFAR10", cifar)
-    run = some_run("cifar10", download=download)
+    run = some_run("cifar10", download=download, data_dir=str(tmp_path))
     run.rank, run.wait = rank, lambda: calls.append("wait")
     m.load_data(run)
-    assert calls == asked
+    assert calls == asked and (place / "mine").exists() == ("download" in asked)
 
 
 @pytest.mark.parametrize("size", [32, 16])

@@ -6,6 +6,7 @@ kills, full disks and several processes need real ones.
 
 import dataclasses
 import inspect
+import io
 import json
 import math
 import os
@@ -240,10 +241,89 @@ def test_an_impossible_run_folder_is_one_line(run, here, out):
 
 
 def test_a_kill_while_claiming_the_folder_does_not_lock_it(run, here):
-    """The first file is written beside its place; what a kill leaves there is not somebody's work."""
-    (here / "new").mkdir()
-    (here / "new" / ".part-run.json").write_text("{")
-    assert run(*TINY, "--out", "new")[0] == 0
+    """The first file is written beside its place; what a kill leaves there is nobody's work, and goes."""
+    (here / "new" / ".part-0").mkdir(parents=True)
+    (here / "new" / ".part-0" / "run.json").write_text("{")
+    assert run(*TINY, "--out", "new")[0] == 0 and not leftovers(here)
+
+
+def test_of_runs_that_start_in_one_folder_at_once_one_goes_on(here, monkeypatch):
+    """Each has found the folder empty when the second writes its run.json."""
+    original = chapter.surroundings
+    first, second = (chapter.Run(chapter.Config(seed=seed, device="cpu", out="one"), NAME + ".py") for seed in (1, 2))
+
+    def surroundings(script):
+        monkeypatch.setattr(chapter, "surroundings", original)
+        second.claim()
+        return original(script)
+    monkeypatch.setattr(chapter, "surroundings", surroundings)
+    with pytest.raises(chapter.UserError, match="another run has just begun in one"):
+        first.claim()
+    assert json.loads((here / "one" / "run.json").read_text())["settings"]["seed"] == 2 and not leftovers(here)
+
+
+@pytest.mark.parametrize("path", ["data", "data/", "./data", "link", "$PWD/data", "~/data"])
+def test_a_path_is_one_however_it_is_spelled(here, monkeypatch, path):
+    """Only expanded by hand are ~, which the shell leaves alone in --out=~/data, and here $PWD."""
+    monkeypatch.setenv("HOME", str(here))
+    (here / "data").mkdir()
+    (here / "link").symlink_to("data")
+    path = chapter.parse_config(chapter.Config, ["--out", path.replace("$PWD", str(here))]).out
+    assert Path(path).samefile("data") and chapter.same("data", path) and chapter.same(path, "data")
+
+
+@pytest.mark.parametrize("a, b, equal", [("data", "data2", False), ("", ".", False), ("", "", True), (None, "a", False),
+                                         ([1, 2], (1, 2), True), (1, 1.5, False), (True, False, False)])
+def test_other_values_are_the_same_if_json_says_so(a, b, equal):
+    assert chapter.same(a, b) == equal
+
+
+def test_a_network_is_known_by_its_weights(here):
+    """Not by its file, in which there are times as well; one changed bit shows."""
+    torch.manual_seed(0)
+    network, digests = chapter.VelocityMLP(8, 2), []
+    for change in (0, 0, 1e-7):
+        next(network.parameters()).data.view(-1)[0] += change
+        run = chapter.Run(chapter.Config(device="cpu"), NAME + ".py")
+        run.reads("network", network)
+        digests.append(run.inputs["network"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_run_whose_inputs_have_changed_is_not_continued(here):
+    def claim(**inputs):
+        run = chapter.Run(chapter.Config(device="cpu"), NAME + ".py")
+        for name, content in inputs.items():
+            run.reads(name, content)
+        run.claim()
+    claim(texts=["a", "b"])
+    claim(texts=["a", "b"], more=["c"])                     # an older run may not say all
+    record = next(here.rglob("run.json")).read_bytes()
+    with pytest.raises(chapter.UserError, match="was made with texts=") as error:
+        claim(texts=["a", "B"])
+    assert "\n" not in str(error.value) and next(here.rglob("run.json")).read_bytes() == record
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_the_letters_of_a_path(here, monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert call(chapter, *TINY, "--rounds", 1, "--out", "äpfel 🍎", patch=monkeypatch) == 0
+    sys.stdout.flush()
+    assert (here / "äpfel 🍎" / "results.json").exists() and b"pfel \\U0001f34e/" in sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="0"), dict(RANK="first"), dict(RANK=""), dict(RANK="0", WORLD_SIZE="1"), dict(RANK="5", WORLD_SIZE="2"),
+    dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="port"),
+], ids=str)
+def test_a_rank_that_torchrun_has_not_set_is_one_line(run, here, monkeypatch, variables):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(*TINY)
+    assert code == 2 and not list(here.iterdir())
+    one_line(err, "RANK", "torchrun")
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -328,6 +408,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with chapter.replacing(path) as part:
         part.write_text("new")
     assert path.read_text() == "new" and not leftovers(tmp_path)
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    """Whoever reads it meanwhile sees one file or the other, whole; of folders the first one stays."""
+    with chapter.replacing(tmp_path / "file") as one, open(one, "w") as first:
+        first.write("first")
+        with chapter.replacing(tmp_path / "file") as part:
+            part.write_text("the second, longer")
+        assert (tmp_path / "file").read_text() == "the second, longer"
+        first.write(" and more")
+    assert (tmp_path / "file").read_text() == "first and more"
+    with chapter.replacing(tmp_path / "folder") as one, chapter.replacing(tmp_path / "folder") as two:
+        one.mkdir(), two.mkdir()
+        (two / "inside").touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["inside"] and not leftovers(tmp_path)
 
 
 def fails(error):

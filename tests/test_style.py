@@ -20,8 +20,8 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (785, 785, 200), "02": (1190, 805, 320), "03": (1535, 575, 320), "04": (1620, 620, 320),
-         "05": (2310, 1665, 2310)}
+SIZES = {"01": (820, 820, 200), "02": (1280, 860, 320), "03": (1635, 580, 320), "04": (1715, 620, 320),
+         "05": (2600, 1850, 2600)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
 IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from_file_location", "exec"}
