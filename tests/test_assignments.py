@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from right_answers import RIGHT_ANSWERS
 from wrong_answers import WRONG_ANSWERS
 
 FOLDER = ROOT / "notebooks" / "assignments"
@@ -55,12 +56,12 @@ def answers(homework, codes):
     return notebook
 
 
-def planted():
-    """Numbers of wrong answers that share a notebook: each exercise's first alone, the others of a homework in rows."""
+def planted(rows, alone):
+    """Numbers of answers that share a notebook: a homework's in rows.  alone: each exercise's first for itself."""
     notebooks, seen = {}, {}
-    for number, (homework, exercise, *_) in enumerate(WRONG_ANSWERS):
+    for number, (homework, exercise, *_) in enumerate(rows):
         rank = seen[homework, exercise] = seen.get((homework, exercise), -1) + 1
-        notebooks.setdefault((homework, rank, exercise * (rank == 0)), []).append(number)
+        notebooks.setdefault((homework, rank, exercise * (alone and rank == 0)), []).append(number)
     return list(notebooks.values())
 
 
@@ -74,15 +75,15 @@ def message(report, name):
     return next(e["message"] for e in report["exercises"] if e["name"] == name)
 
 
-PLANTED = planted()
+PLANTED, RIGHT = planted(WRONG_ANSWERS, alone=True), planted(RIGHT_ANSWERS, alone=False)
 
 
 @pytest.fixture(scope="module")
 def reports():
-    """All that is honest, graded by one server: solutions, releases, wrong answers."""
+    """Graded by one server: solutions, releases, wrong answers, right answers."""
     submissions = [source(name) for name in HOMEWORKS] + [release(source(name)) for name in HOMEWORKS]
-    submissions += [answers(WRONG_ANSWERS[row[0]][0], {WRONG_ANSWERS[i][1]: WRONG_ANSWERS[i][2] for i in row})
-                    for row in PLANTED]
+    for rows, notebooks in ((WRONG_ANSWERS, PLANTED), (RIGHT_ANSWERS, RIGHT)):
+        submissions += [answers(rows[place[0]][0], {rows[i][1]: rows[i][2] for i in place}) for place in notebooks]
     return grade_all(submissions)
 
 
@@ -112,6 +113,20 @@ def test_a_wrong_answer_loses_its_points_and_is_told_its_mistake(reports, number
     assert set(lost(report)) == {f"{homework}-{WRONG_ANSWERS[i][1]}" for i in PLANTED[place]}, report
     assert words in message(report, f"{homework}-{exercise}")
     assert "note:" not in message(report, f"{homework}-{exercise}")
+
+
+@pytest.mark.parametrize("name", HOMEWORKS)
+def test_a_check_ends_by_saying_ok_or_shows_its_lesson_alone(name):
+    assert all(cell["source"].endswith('print("ok")') for cell in source(name)["cells"] if mark(cell).get("grade"))
+    with pytest.raises(checks.Lesson) as lesson:
+        checks.expect(lambda: 1.0, 2.0, "x = 2")
+    assert "x = 2\n  expected" in "".join(lesson.value._render_traceback_())     # all that Jupyter shows
+
+
+@pytest.mark.parametrize("place", range(len(RIGHT)), ids=lambda i: f"{RIGHT_ANSWERS[RIGHT[i][0]][0]}-{i}")
+def test_right_answers_in_other_words_earn_all_points(reports, place):
+    report = reports[2 * len(HOMEWORKS) + len(PLANTED) + place]
+    assert lost(report) == [], [e["message"] for e in report["exercises"]]
 
 
 def test_there_are_enough_of_them():
@@ -305,13 +320,14 @@ HOSTILE = {                                                 # code of interpolat
                             "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "returns nonsense": ("class Yes:\n    shape = (2, 2)\n    def __eq__(self, other): return True\n"
                          "def interpolate(*a):\n    return Yes()", "which is no tensor"),
+    "says what cannot be written": ("def interpolate(*a):\n    assert False, chr(0xd800)", "?"),
     "kills the grader": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", None),
 }
 LINE = "return x0 + t.reshape(len(t), *[1] * (x0.dim() - 1)) * (x1 - x0)"
 HONEST = {                                                  # what people write in Jupyter: code of interpolate's cell
     "line magics": "%matplotlib inline\n%load_ext autoreload\n%no_such_magic 3" + GOOD + "\n    %time len(x0)",
     "a cell magic": "%%time" + GOOD,
-    "shell commands": "!pip install torch\nif True:\n    !ls\nthree = !echo 3\nONE = int(three[0]) - 2"
+    "shell commands": "!ls\nif True:\n    !ls\none = !echo $PIP_NO_INDEX\nONE = int(one[0])"    # pip installs nothing
                       + GOOD.replace("[1]", "[ONE]"),
     "a question mark": "torch.ones?\n?torch.ones" + GOOD,
     "await": "import asyncio\nONE = await asyncio.sleep(0, 1)" + GOOD.replace("[1]", "[ONE]"),
@@ -329,7 +345,6 @@ HONEST = {                                                  # what people write 
     "a percent sign in brackets": "ONE = (7\n% 3)" + GOOD.replace("[1]", "[ONE]"),
     "a no-break space": "\u00a0\n" + GOOD.replace("x0 + time", "x0\u00a0+ time"),
     "another device": "torch.set_default_device('meta')" + GOOD,
-    "another device on the way": GOOD.replace("    return", "    torch.set_default_device('cpu')\n    return"),
     "a method of tensors": "torch.Tensor.like = lambda t, x: t.reshape(len(t), *[1] * (x.dim() - 1))\n"
                            "def interpolate(x0, x1, t):\n    return x0 + t.like(x0) * (x1 - x0)",
 }
@@ -340,7 +355,7 @@ def hostile():
     """Reports of the hostile, the honest and the clumsy, by one server with a short time limit."""
     notebooks = {name: answer("hw1", "interpolate", code) for name, (code, _) in HOSTILE.items()}
     notebooks |= {name: answer("hw1", "interpolate", code) for name, code in HONEST.items()} | clumsy()
-    return dict(zip(notebooks, grade_all(notebooks.values(), seconds=4)))
+    return dict(zip(notebooks, grade_all(notebooks.values(), seconds=8)))
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name != "kills the grader"])
@@ -389,15 +404,13 @@ def clumsy():
     wrong = answer("hw1", "loss", "def flow_matching_loss(*a):\n    return 0.0")
     for cell in wrong["cells"]:
         weaker(cell)
-    straight = find(source("hw1"), "hw1-straightness")["source"].replace("len(path) - 1", "len(path) - ONE")
-    figure = answers("hw1", {"straightness": straight})
-    next(cell for cell in figure["cells"] if cell["source"].startswith("# Not graded"))["source"] += "\nONE = 1"
+    straight = find(source("hw1"), "hw1-straightness")["source"].replace("- 1", "- len(axes) // 3")   # of the figure
     euler = find(source("hw1"), "hw1-euler")["source"]
     locked = answers("hw1", {"euler": "@wraps(print)\n" + euler})
     find(locked, "hw1-setup")["source"] += "\nfrom functools import wraps"
     return {"no loss": without("hw1-loss"), "no checks": without("hw1-loss-check", "hw1-setup", "hw1-tools"),
             "edited checks": wrong, "an import in a locked cell": locked, "no metadata": changed(bare),
-            "a name of the figure's cell": figure,
+            "a name of the figure's cell": answers("hw1", {"straightness": straight}),
             "own cell above": with_cell("hw1-euler", 0, euler.replace("def euler", "def mine"), euler="euler = mine"),
             "own cell below": with_cell("hw1-euler-check", 1, euler.replace("def euler", "def mine"),
                                         euler="def euler(*args):\n    return mine(*args)"),

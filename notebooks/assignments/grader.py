@@ -434,6 +434,7 @@ def grade(submission, options, prepared, scratch):
         if not verdict["passed"]:
             lost = [f"\n  note: the cell {solution} is missing in this notebook"] * (solution in missing)
             message += "".join(notes + lost)
+        message = message.encode(errors="replace").decode()            # a lone surrogate would stop who writes it
         report["exercises"].append({"name": solution, "points": points, "score": points if verdict["passed"] else 0,
                                     "message": message})
     return report
@@ -445,7 +446,8 @@ def serve():
     request, prepared = json.load(sys.stdin), {}
     answer = os.dup(1)
     os.dup2(2, 1)                                           # nothing that the scripts print may get into the answer
-    with tempfile.TemporaryDirectory(prefix="grading-") as scratch, os.fdopen(answer, "w") as file:
+    folder = tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True)
+    with folder as scratch, os.fdopen(answer, "w") as file:
         os.environ |= {"IPYTHONDIR": scratch, "PIP_NO_INDEX": "1"}     # `!pip install` changes nothing here
         new_shell()
         for submission in request["submissions"]:
@@ -500,7 +502,7 @@ def row(path, report):
 def write_table(path, rows, exercises):
     """The rows as .csv: a column for each of these exercises, and for those of the rows."""
     columns = dict.fromkeys(name for line in [row("", {}), dict.fromkeys(exercises), *rows] for name in line)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
