@@ -21,6 +21,11 @@ def interpolate(x0, x1, t):
 def interpolate(x0, x1, t):
     xt = ch1.interpolate(x0, x1, t)
 """, "is `return` missing"),
+    ("hw1", "interpolate", """
+def interpolate(x0, x1, t):
+    x0 -= t.reshape(-1, *[1] * (x0.dim() - 1)) * (x0 - x1)
+    return x0
+""", "overwrites `x0`"),
     ("hw1", "loss", """
 def flow_matching_loss(velocity, x0, x1, t):
     return (velocity(ch1.interpolate(x0, x1, t), t) - (x0 - x1)).square().flatten(1).mean(1)
@@ -45,6 +50,27 @@ def flow_matching_loss(velocity, x0, x1, t):
 def flow_matching_loss(velocity, x0, x1, t):
     return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().mean(0)
 """, "the mean over the batch, dimension 0"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    with torch.no_grad():
+        return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().flatten(1).mean(1)
+""", "no gradient flows"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - x1).square().flatten(1).mean(1)
+""", "the target is x1"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - x0).square().flatten(1).mean(1)
+""", "the target is x0"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().mean(-1)
+""", "axes are left over"),
+    ("hw1", "loss", """
+def flow_matching_loss(velocity, x0, x1, t):
+    return (velocity(ch1.interpolate(x0, x1, t), t) - (x1 - x0)).square().sum(1)
+""", "the sum over the coordinates"),
     ("hw1", "euler", """
 def euler(velocity, x0, steps):
     for i in range(steps):
@@ -69,6 +95,19 @@ def euler(velocity, x0, steps):
         x0 = x0 + velocity(x0, t.expand(len(x0))) / steps
     return x0
 """, "a grid that ends at 1"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    for i in range(steps):
+        x0 += velocity(x0, x0.new_full((len(x0),), i / steps)) / steps
+    return x0
+""", "overwrites `x0`"),
+    ("hw1", "euler", """
+def euler(velocity, x0, steps):
+    z = x0
+    for i in range(steps):
+        z = z + velocity(z, x0.new_full((len(x0),), 1 - i / steps)) / steps
+    return z
+""", "time runs from 1 to 0"),
     ("hw1", "gaussian", """
 def gaussian_velocity(x, t, mean, std):
     t = t[:, None]
@@ -100,6 +139,12 @@ def heun_step(velocity, z, t, h):
 def heun_step(velocity, z, t, h):
     return z + h / 2 * (velocity(z, t) + velocity(z, t + h))
 """, "at z, not at the trial point"),
+    ("hw2", "heun", """
+def heun_step(velocity, z, t, h):
+    first = velocity(z, t)
+    z += h * first
+    return z + h / 2 * (velocity(z, t + h) - first)
+""", "overwrites `z`"),
     ("hw2", "ema", """
 def ema_update(average, weights, decay):
     for a, w in zip(average, weights):
@@ -110,6 +155,17 @@ def ema_update(average, weights, decay):
     for a, w in zip(average, weights):
         a.lerp_(w.detach(), decay)
 """, "the decay stands at the weights"),
+    ("hw2", "ema", """
+def ema_update(average, weights, decay):
+    for i, w in enumerate(weights):
+        average[i] = decay * average[i] + (1 - decay) * w
+""", "the tensors did not change"),
+    ("hw2", "ema", """
+def ema_update(average, weights, decay):
+    for a, w in zip(average, weights):
+        w.data.mul_(1 - decay)
+        a.mul_(decay).add_(w.data)
+""", "overwrites `w`"),
     ("hw2", "pairs", """
 def make_pairs(model, ema, z0, steps):
     return z0, ch2.integrate(model, z0, steps, "heun")[-1]
@@ -122,6 +178,11 @@ def make_pairs(model, ema, z0, steps):
 def make_pairs(model, ema, z0, steps):
     return z0, ch2.integrate(ema, z0, steps)[-1]
 """, "Euler's method"),
+    ("hw2", "pairs", """
+def make_pairs(model, ema, z0, steps):
+    z0 = torch.randn_like(z0)
+    return z0, ch2.integrate(ema, z0, steps, "heun")[-1]
+""", "drawn anew"),
     ("hw2", "draw", """
 def draw_pairs(z0, z1, n):
     return z0[torch.randint(len(z0), (n,))], z1[torch.randint(len(z1), (n,))]
@@ -130,6 +191,11 @@ def draw_pairs(z0, z1, n):
 def draw_pairs(z0, z1, n):
     return z0[:n], z1[:n]
 """, "always the first n pairs"),
+    ("hw2", "draw", """
+def draw_pairs(z0, z1, n):
+    index = (torch.randint(len(z0), (1,)) + torch.arange(n)) % len(z0)
+    return z0[index], z1[index]
+""", "neighbours"),
     ("hw2", "reflow", """
 def reflow(teacher, noise, config):
     z0, z1 = ch1.make_pairs(teacher, noise, 16)
@@ -149,6 +215,44 @@ def reflow(teacher, noise, config):
         pass
     return network
 """, "the EMA is not used"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    return lambda x, t: (ch1.integrate(teacher, x, 16, "heun")[-1] - x)
+""", "asks the teacher"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return network.requires_grad_(False)
+""", "the EMA is not used"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
+    training = ch1.train(network, loss_fn, config)
+    return network
+""", "no training step"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
+    step, loss, ema = next(ch1.train(network, loss_fn, config))
+    return ema.model
+""", "trained for 1 of 120 steps"),
+    ("hw2", "reflow", """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z1, z0), n=config.batch)
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "the pairs are turned round"),
     ("hw3", "times", """
 def u_shaped(y, a):
     return 0.5 + torch.asinh((2 * y - 1) * math.sinh(a)) / a
@@ -173,6 +277,18 @@ def pseudo_huber(v, target):
     c = 0.00054 * v[0].numel() ** 0.5
     return ((v - target).flatten(1).square().sum(1) + c ** 2).sqrt() - c
 """, "the loss of consistency models"),
+    ("hw3", "huber", """
+def pseudo_huber(v, target):
+    d = v[0].numel()
+    c = 0.00054 * d
+    return (((v - target).detach().flatten(1).square().sum(1) + c ** 2).sqrt() - c) / d
+""", "no gradient flows"),
+    ("hw3", "huber", """
+def pseudo_huber(v, target):
+    d = v[0].numel()
+    c = 0.00054 * d
+    return (((v - target).square().sum(1) + c ** 2).sqrt() - c) / d
+""", "axes are left over"),
     ("hw3", "lpips", """
 def perceptual_loss(v, x0, x1, t, lpips):
     return t * ch3.pseudo_huber(v, x1 - x0) + lpips(ch3.interpolate(x0, x1, t), x1)
@@ -182,6 +298,22 @@ def perceptual_loss(v, x0, x1, t, lpips):
     x1_hat = ch3.interpolate(x0, x1, t) + (1 - t).reshape(-1, 1, 1, 1) * v
     return (1 - t) * ch3.pseudo_huber(v, x1 - x0) + lpips(x1_hat, x1)
 """, "1 - t for a weight"),
+    ("hw3", "lpips", """
+def perceptual_loss(v, x0, x1, t, lpips):
+    x1_hat = ch3.interpolate(x0, x1, t) + (1 - t).reshape(-1, 1, 1, 1) * v.detach()
+    return t * ch3.pseudo_huber(v, x1 - x0) + lpips(x1_hat, x1)
+""", "the gradient is not"),
+    ("hw3", "lpips", """
+def perceptual_loss(v, x0, x1, t, lpips):
+    with torch.no_grad():
+        x1_hat = ch3.interpolate(x0, x1, t) + (1 - t).reshape(-1, 1, 1, 1) * v
+        return t * ch3.pseudo_huber(v, x1 - x0) + lpips(x1_hat, x1)
+""", "no gradient flows"),
+    ("hw3", "lpips", """
+def perceptual_loss(v, x0, x1, t, lpips):
+    x1_hat = ch3.interpolate(x0, x1, t) - t.reshape(-1, 1, 1, 1) * v
+    return (1 - t) * ch3.pseudo_huber(v, x1 - x0) + lpips(x1_hat, x1)
+""", "the paper's time"),
     ("hw3", "teacher", """
 def denoiser_velocity(denoiser, xt, t):
     time = t.reshape(-1, *[1] * (xt.dim() - 1))
@@ -226,6 +358,16 @@ def distillation_loss(network, z0, z1):
 def distillation_loss(network, z0, z1):
     return (z0 - network(z0, z0.new_zeros(len(z0))) - z1).square().flatten(1).mean(1)
 """, "the step is reversed"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    with torch.no_grad():
+        landed = z0 + network(z0, z0.new_zeros(len(z0)))
+    return (landed - z1).square().flatten(1).mean(1)
+""", "no gradient flows"),
+    ("hw4", "distil", """
+def distillation_loss(network, z0, z1):
+    return (z0 + network(z0, torch.full((len(z0),), 1e-5)) - z1).square().flatten(1).mean(1)
+""", "t is not exactly 0"),
     ("hw4", "progressive", """
 def progressive_target(teacher, xt, t, steps):
     with torch.no_grad():
@@ -268,6 +410,11 @@ def karras_times(n, low=0.002, high=80.0, rho=7):
     root = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64)
     return 1 / (1 + root ** rho)
 """, "the order is reversed"),
+    ("hw4", "grid", """
+def karras_times(n, low=0.002, high=80.0, rho=7):
+    root = torch.linspace(low ** (1 / rho), high ** (1 / rho), n)
+    return 1 / (1 + root ** rho)
+""", "computed in float32"),
     ("hw5", "guided", """
 def guided(velocity, x, t, text, null, scale):
     v = velocity(x, t, text)
@@ -287,6 +434,11 @@ def eps_to_flow(eps, xs, a, b):
 def text_pairs(velocity, x0, text, null, scale, steps):
     return x0, ch5.integrate(partial(velocity, text=text), x0, steps)[-1], text
 """, "guidance is not applied"),
+    ("hw5", "pairs", """
+def text_pairs(velocity, x0, text, null, scale, steps):
+    flow = partial(ch5.guided(velocity, scale), text=text, null=null)
+    return torch.randn_like(x0), ch5.integrate(flow, x0, steps)[-1], text
+""", "drawn anew"),
     ("hw5", "distill", """
 def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
     z = x0 + velocity(x0, torch.ones(len(x0)), text)
@@ -301,6 +453,17 @@ def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
     landed = x0 - velocity(x0, x0.new_zeros(len(x0)), text)
     return lpips(decode(landed / scale), decode(x1 / scale))
 """, "the step is reversed"),
+    ("hw5", "distill", """
+def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
+    with torch.no_grad():
+        landed = x0 + velocity(x0, x0.new_zeros(len(x0)), text)
+        return lpips(decode(landed / scale), decode(x1 / scale))
+""", "no gradient flows"),
+    ("hw5", "distill", """
+def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
+    landed = x0 + velocity(x0, x0.new_zeros(len(x0)), text)
+    return lpips(decode(landed) / scale, decode(x1) / scale)
+""", "the pictures are divided by the scale"),
     ("hw5", "straighten", """
 def straighten(flow_map, texts, network, config):
     x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
@@ -325,4 +488,52 @@ def straighten(flow_map, texts, network, config):
         pass
     return ema.model
 """, "the texts are shuffled"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i = torch.randint(4096, (config.batch,))
+        t = torch.zeros(config.batch)
+        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], t)
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "t = 0 only"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i = torch.randint(4096, (config.batch,))
+        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], torch.rand(config.batch))
+    training = ch1.train(network, loss_fn, config)
+    return network
+""", "no training step"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i = torch.randint(4096, (config.batch,))
+        return ch1.flow_matching_loss(partial(model, text=text[i]), x1[i], x0[i], torch.rand(config.batch))
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+""", "the pairs are turned round"),
+    ("hw5", "straighten", """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i = torch.randint(4096, (config.batch,))
+        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], torch.rand(config.batch))
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return network.requires_grad_(False)
+""", "the EMA is not used"),
 ]
