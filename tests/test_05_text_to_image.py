@@ -1216,7 +1216,7 @@ SCHEDULERS = {  # what a scheduler_config.json may say -> the words that name it
     "ours": ({"prediction_type": "velocity"}, "model predicts velocity"),
     "diffusers": ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction",
                    "use_flow_sigmas": True}, "model predicts velocity"),
-    "matching": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None}, "model predicts velocity"),
+    "matching": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None}, "predicts velocity"),
     "instaflow": ({"_class_name": "InstaFlowScheduler"}, "model predicts velocity"),
     "zero": ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true"),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2")}
