@@ -320,6 +320,7 @@ HOSTILE = {                                                 # code of interpolat
                             "def interpolate(x0, x1, t):\n    return x1", "expected"),
     "returns nonsense": ("class Yes:\n    shape = (2, 2)\n    def __eq__(self, other): return True\n"
                          "def interpolate(*a):\n    return Yes()", "which is no tensor"),
+    "closes its output": ("import sys\nsys.stdout.close()" + GOOD, None),
     "says what cannot be written": ("def interpolate(*a):\n    assert False, chr(0xd800)", "?"),
     "kills the grader": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", None),
 }

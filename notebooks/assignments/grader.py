@@ -281,6 +281,11 @@ def judge(fresh, names, guard, step, hint):
     return verdict
 
 
+def open_streams():
+    """New standard streams, since a cell may have closed or replaced them; what the old ones still hold is written."""
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+
+
 def child(job, fresh, guard, say):
     """All of a child's life.  say: tells the parent the number of the step that begins, or a dict."""
     from IPython import get_ipython
@@ -291,6 +296,7 @@ def child(job, fresh, guard, say):
         if number in job["skip"] or step.check and step.check not in waiting:
             continue
         say(number)
+        open_streams()
         if step.check:
             verdict = judge(fresh, names, guard, step, job["hints"][step.check])
             if not verdict["later"]:
@@ -299,7 +305,7 @@ def child(job, fresh, guard, say):
         else:
             error = run_cell(step)
             say({"cell": step.label, "error": "" if step.ours else error})
-    sys.__stdout__.flush(), sys.__stderr__.flush()
+    open_streams()
     say({"end": True})
 
 
