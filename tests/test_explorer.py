@@ -238,13 +238,14 @@ def test_drag_the_ring(page, pointer):
     hand.pointer_action.move_to(page.js("return explorer.panels[2].handle")).pointer_down()
     for i in range(20):
         hand.pointer_action.move_by(round(12 * math.cos(i / 4)), round(9 * math.sin(i / 4)))
-    hand.pointer_action.pointer_up()
     hand.perform()
+    page.settle()
+    assert page.js("return explorer.state.noise") != pytest.approx([-0.7, 1.75], abs=0.3)      # before it is let go
     seen = page.js("return frames_seen")[1:]
     print(f"frames per second: {1000 * (len(seen) - 1) / (seen[-1] - seen[0]):.0f}")
+    hand.clear_actions()                                    # lets go
     page.settle()
     start = torch.tensor([page.js("return explorer.state.noise")])
-    assert start[0].tolist() != pytest.approx([-0.7, 1.75], abs=0.3)
     for k, packed in enumerate(content(PAGE)["flows"], 1):
         path = rf.integrate(network(packed), start, 400, "heun")[:, 0]
         few = rf.integrate(network(packed), start, 3)[-1, 0]
