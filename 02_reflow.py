@@ -603,7 +603,10 @@ def load_cifar10(run):
     unpacked = Path(run.config.data_dir, "cifar-10-batches-py")
     try:
         if run.config.download and run.rank == 0 and not unpacked.exists():
+            archive = unpacked.with_name(cifar10.filename)
             with replacing(unpacked) as part:               # torchvision itself would write where others read
+                if archive.exists():                        # put there by hand
+                    shutil.copy(archive, part.parent)
                 cifar10(part.parent, download=True)
         run.wait()
         data = cifar10(unpacked.parent)

@@ -615,9 +615,12 @@ def test_one_process_fetches_cifar10_before_the_others_look(tmp_path, monkeypatc
         calls.append("download" if download else "read")
         assert (folder == tmp_path) != download
         if download:
+            assert (folder / "c.tar.gz").exists()           # an archive put there by hand is not fetched again
             (folder / place.name).mkdir()
             (folder / place.name / "mine").touch()
         return fake
+    cifar.filename = "c.tar.gz"
+    (tmp_path / cifar.filename).touch()
     if here:
         place.mkdir()
     monkeypatch.setattr(m.torchvision.datasets, "CIFAR10", cifar)
