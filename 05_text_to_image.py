@@ -146,7 +146,6 @@ class Schedule:
         return a * output + b * x if self.predicts == "v_prediction" else (x - a * output) / b
 
 
-
 def velocity_from_eps(eps, schedule=None):
     """A diffusion model as a velocity, exact from t = 0.064 on: v = x1_hat - eps = (x_t - eps(x_s, s)) / t.
 
@@ -323,12 +322,11 @@ def main(config):
         load_pipeline(config.model)                         # one process downloads, the others find the files
     run.wait()
     pipe = load_pipeline(config.model) if config.model else tiny_teacher(run)
-    if config.model:
-        run.reads("model_weights", nn.ModuleList([pipe.text_encoder, pipe.unet, pipe.vae]))
     config.image_size, _ = prepare(pipe, run.device, [config.image_size] * 2)
     prompts = Prompts(pipe, texts)
     if config.model:
         check_teacher(config.model, prompts)
+        run.reads("model_weights", nn.ModuleList([pipe.text_encoder, pipe.unet, pipe.vae]))
     pipe.unet.checkpointing = pipe.vae.checkpointing = config.checkpointing
     compile_network(pipe.vae.decoder, config)
     distance = partial(picture_distance, pipe.vae, perceptual)
@@ -879,16 +877,20 @@ def open_sampler(run, texts):
     config = run.config
     require(config.model, "--model FOLDER or --model OWNER/NAME, please: which network shall draw?")
     pipe = load_pipeline(config.model)
-    require(config.solver == "euler" or pipe.schedule, f"{config.model} is a velocity: use --solver euler")
+    predicts = pipe.configs["scheduler"].get("prediction_type")        # "epsilon" may be a velocity: InstaFlow's is
+    if config.solver == "euler":
+        require(predicts not in ("v_prediction", "sample"), f"{config.model} predicts {predicts}: use --solver dpm")
+    else:
+        require(pipe.schedule, f"{config.model} is a velocity: use --solver euler")
     if any(config.delta):
         require(len(config.delta) == 2, f"--delta wants two models, FROM TO, got {len(config.delta)}")
         merge_delta(pipe.unet, *(fetch_weights(source, WEIGHTS["unet"]) for source in config.delta))
-        fine_tune = load_pipeline(config.delta[1])
-        pipe.vae = fine_tune.vae                            # it brings its own
-        pipe.text_encoder = fine_tune.text_encoder
+        pipe = dataclasses.replace(load_pipeline(config.delta[1]), unet=pipe.unet, configs=pipe.configs)
     for item in filter(None, config.lora):
         path, scale = re.fullmatch(r"(.*?)(?::(-?\d+\.?\d*|-?\.\d+))?", item).groups()
         merge_lora({"unet": pipe.unet, "te": pipe.text_encoder}, path, float(scale or 1))
+    if re.search("FlowMatch|flow_prediction", f"{pipe.configs['scheduler'].get('_class_name')} {predicts}"):
+        pipe.unet = negated(pipe.unet)                      # diffusers' own flows run from the picture to the noise
     prepare(pipe, run.device, config.size * 2 if len(config.size) == 1 else config.size)
     prompts = Prompts(pipe, texts, config.negative, few=0)  # none is kept: reading them is timed, too
     dtype, options = fast_settings(config, run.device)
@@ -998,11 +1000,13 @@ class CLIPTokenizer:
 
     def __init__(self, vocab_json, merges_txt, notes=(), length=77):
         self.files = [*dict.fromkeys([vocab_json, merges_txt, *notes])]
-        self.length = length
         self.truncated = 0
         self.merge = cache(self.merge)                      # few words are new
         try:
-            self.vocab, merges, words, pad = read_vocabulary(vocab_json, merges_txt, notes)
+            self.vocab, merges, words, config = read_vocabulary(vocab_json, merges_txt, notes)
+            self.length = min(length, config.get("model_max_length", length))
+            pad = config.get("pad_token") or self.ENDS[1]
+            pad = pad["content"] if isinstance(pad, dict) else pad
             self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
             for word in (*self.ENDS, pad):
                 words[word] = {"id": self.vocab[word], "normalized": False} | words.get(word, {})
@@ -1052,7 +1056,7 @@ class CLIPTokenizer:
 
 
 def read_vocabulary(vocab_json, merges_txt, notes):
-    """Token -> number with the learnt words; merges; learnt word -> {id, normalized, single_word}; the pad token."""
+    """Token -> number with the learnt words; merges; learnt word -> {id, normalized, single_word}; other settings."""
     vocab = read_json(vocab_json)
     notes = {path.name: read_json(path) for path in notes}
     config = notes.get("tokenizer_config.json", {})
@@ -1065,10 +1069,9 @@ def read_vocabulary(vocab_json, merges_txt, notes):
         merges = filter(None, Path(merges_txt).read_text(encoding="utf-8").split("\n"))
     if "added_tokens_decoder" not in config:                # transformers has changed its mind on where to write this
         config = config | notes.get("special_tokens_map.json", {})
-    pad = config.get("pad_token") or "<|endoftext|>"
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     vocab = {word: int(number) for word, number in (vocab | {word: words[word]["id"] for word in words}).items()}
-    return vocab, merges, words, pad["content"] if isinstance(pad, dict) else pad
+    return vocab, merges, words, config
 
 
 def cutter(words):
@@ -1117,14 +1120,14 @@ PUBLIC = dict(block_out_channels="channels", layers_per_block="layers", attentio
 FIXED = dict(act_fn="silu", norm_eps=1e-5, layer_norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0, conv_in_kernel=3,
              conv_out_kernel=3, downsample_padding=1, mid_block_scale_factor=1, resnet_out_scale_factor=1,
              transformer_layers_per_block=1, mid_block_type="UNetMidBlock2DCrossAttn", attention_type="default",
-             time_embedding_type="positional", resnet_time_scale_shift="default", use_quant_conv=True,
-             use_post_quant_conv=True, mid_block_add_attention=True)
+             time_embedding_type="positional", timestep_type="discrete", resnet_time_scale_shift="default",
+             use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
 READS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}           # levels that read the text
 FIXED |= dict.fromkeys("""addition_embed_type center_input_sample class_embed_type class_embeddings_concat
     cross_attention_norm dual_cross_attention encoder_hid_dim encoder_hid_dim_type latents_mean latents_std
     mid_block_only_cross_attention num_class_embeds only_cross_attention rescale_betas_zero_snr resnet_skip_time_act
     shift_factor sigma_data time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act trained_betas
-    use_flow_sigmas use_linear_projection""".split())
+    use_attention_mask use_flow_sigmas use_linear_projection""".split())
 
 
 def from_config(network, config):
@@ -1511,7 +1514,7 @@ class CLIP(CLIPTextEncoder):
         self.logit_scale = nn.Parameter(torch.zeros(()))    # of the training; the score does without
         self.load_state_dict(read_state(self, *fetch_weights(folder, "model")))
         self.eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder, self)
 
     def embed_images(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, dim)."""
@@ -1540,19 +1543,20 @@ def one_line(error):
     return " ".join(f"{error or type(error).__name__}".split())[:200]
 
 
-
-def load_safetensors(path):
+def load_safetensors(path, notes=None):
     """Name -> tensor, mapped into memory: pages are read when they are touched.  UserError for a broken file.
 
     The file: n as 8 bytes (little-endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, which
-    the tensors must fill without overlap or gap.  Offsets count from the end of the JSON.
+    the tensors must fill without overlap or gap.  Offsets count from the end of the JSON.  notes: takes its metadata.
     """
     try:
         with open(path, "rb") as file:                      # a private copy: who writes into a tensor leaves the file
             data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         header = json.loads(data[8:start].numpy().tobytes())
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if notes is not None:
+            notes.update(metadata)
         end = start
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = (start + offset for offset in entry["data_offsets"])
@@ -1585,10 +1589,10 @@ def save_safetensors(path, tensors):
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def load_tensors(path):
+def load_tensors(path, notes=None):
     """Name -> tensor from .safetensors, or else from a file of torch.save, whose pickle is read but never run."""
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        return load_safetensors(path, notes)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         tensors = tensors.get("state_dict", tensors)        # some trainers wrap them
@@ -1662,19 +1666,18 @@ def read_lora(path):
     notes = read_json(config) if config.exists() else {}
     if path.is_dir():
         path, *_ = fetch_weights(path, "adapter_model" if notes else "pytorch_lora_weights")
-    tensors = load_tensors(path)
+    residual = re.match("pissa|olora|corda|loftq", str(notes.get("init_lora_weights")), re.IGNORECASE)
+    require(not residual, f"{path} is no plain LoRA: its init_lora_weights changed the weights as well")
+    metadata = {}
+    tensors = load_tensors(path, metadata)
     require(tensors, f"{path} holds no LoRA")
-    if path.suffix == ".safetensors":                       # it is sound, or load_tensors would have refused it
-        with open(path, "rb") as file:
-            notes |= {"header": json.loads(file.read(int.from_bytes(file.read(8), "little")))}
-    return tensors, notes
+    return tensors, notes | {"diffusers": metadata.get("lora_adapter_metadata", "{}")}
 
 
 def lora_alpha(notes, kind, name, rank):
     """alpha of a layer, of which not all LoRAs keep one beside the factors; else the rank, for a scale of 1."""
     start = {"unet": "unet.", "te": "text_encoder."}[kind]
-    if "header" in notes:                                   # of safetensors, where diffusers writes it
-        notes = notes | json.loads(notes["header"].get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+    notes = notes | json.loads(notes["diffusers"])
     notes = notes | {key.removeprefix(start): value for key, value in notes.items() if key.startswith(start)}
     alphas = [alpha for pattern, alpha in notes.get("alpha_pattern", {}).items()
               if re.fullmatch(rf"(.*\.)?({pattern})", name)]
@@ -1775,7 +1778,6 @@ class Pipeline:
 
 def load_pipeline(source):
     """A Pipeline from a folder in the layout of diffusers, or from a Hugging Face repository owner/name."""
-    tokenizer = load_tokenizer(source, "tokenizer/")
     configs = {"scheduler": read_json(fetch(source, "scheduler/scheduler_config.json"))}
     parts = {}
     for name, network in NETWORKS.items():
@@ -1785,27 +1787,28 @@ def load_pipeline(source):
         if configs[name].get("_class_name") == "StackedUNet":
             parts[name] = StackedUNet(parts[name])
         parts[name].load_state_dict(read_state(parts[name], *fetch_weights(source, WEIGHTS[name])), assign=True)
-    rows = parts["text_encoder"].text_model["embeddings"]["token_embedding"].num_embeddings
-    require(max(tokenizer.vocab.values()) < rows, f"{source}: the tokenizer knows more words than the text encoder")
+    channels = [configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)]
+    require(channels == [configs["vae"].get("latent_channels", 4)] * 2, f"{source} does not draw from text alone: its "
+            f"U-Net takes and gives {channels} channels, its latents have {parts['vae'].post_quant_conv.in_channels}")
     wanted = {module.to_k.in_features for name, module in parts["unet"].named_modules() if name.endswith("attn2")}
     given = parts["text_encoder"].text_model["final_layer_norm"].weight.shape[0]
     require(wanted <= {given}, f"{source}: the U-Net wants texts of width {wanted}, the text encoder gives {given}")
-    return Pipeline(tokenizer, **parts, configs=configs)
+    return Pipeline(load_tokenizer(source, parts["text_encoder"], "tokenizer/"), **parts, configs=configs)
 
 
-def load_tokenizer(source, folder=""):
-    """The tokenizer in this folder of a model, from the files of any version of transformers."""
+def load_tokenizer(source, encoder, folder=""):
+    """The tokenizer in this folder of a model, from the files of any version of transformers, for its text encoder."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     whole, *notes = (fetch(source, folder + name, optional=True) for name in names)
     files = [whole, whole] if whole else [fetch(source, folder + name) for name in ("vocab.json", "merges.txt")]
-    return CLIPTokenizer(*files, [*filter(None, notes)])
+    words, places = (table.num_embeddings for table in encoder.text_model["embeddings"].values())
+    tokenizer = CLIPTokenizer(*files, [*filter(None, notes)], places)
+    require(max(tokenizer.vocab.values()) < words, f"{source}: the tokenizer knows more words than the text encoder")
+    return tokenizer
 
 
 def prepare(pipe, device, sides):
-    """Move the parts to the device, frozen.  sides: height and width of the pictures, 0 for what it was trained at.
-
-    Returns both sides.
-    """
+    """Move the parts to the device, frozen.  sides: height and width, 0 for what it was trained at.  Returns both."""
     for module in (pipe.text_encoder, pipe.unet, pipe.vae):
         place(module, device).eval().requires_grad_(False)
     factor = 2 ** (len(pipe.vae.decoder.up_blocks) - 1)
@@ -1833,8 +1836,8 @@ def save_pipeline(run, name, pipe, student=None):
             save_safetensors(part / f"{path}.safetensors", getattr(pipe, name).state_dict())
         for name, config in pipe.configs.items():
             save_json(part / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
-        save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})   # unless it has its own
-        for path in pipe.tokenizer.files:
+        save_json(part / "tokenizer" / "tokenizer_config.json", {"model_max_length": pipe.tokenizer.length})
+        for path in pipe.tokenizer.files:                   # perhaps one of its own is among them
             shutil.copy(path, part / "tokenizer")
         index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
                  "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],

@@ -379,6 +379,7 @@ def test_harmless_settings_stop_nothing(tmp_path, name):
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_act": "silu"}, "silu"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
     ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"hidden_size": 15}, "15 channels"),
+    ("CLIPTextEncoder", lambda: reference_text_encoder("gelu"), {"use_attention_mask": True}, "use_attention_mask"),
 ])
 def test_settings_that_are_not_ours_are_refused(cls, build, change, words):
     config = settings(build())
@@ -565,7 +566,7 @@ LEARNT = ["<cat-toy>", "a <CAT-TOY>s", "zorgle ZorgLe", "asks sks2x sks", "word 
 @pytest.mark.parametrize("pad", [None, "!", "new"])
 def test_learnt_words_and_pad_tokens_equal_transformers(tmp_path, layout, pad):
     reference = learnt(tmp_path, pad, layout)
-    ours = chapter.load_tokenizer(tmp_path)
+    ours = chapter.load_tokenizer(tmp_path, chapter.CLIPTextEncoder(len(reference), 8, 1, 2))
     rng = random.Random(2)
     texts = ["", *LEARNT, *(" ".join(rng.sample(LEARNT + PIECES, 5)) for _ in range(200)),
              *("".join(rng.sample(LEARNT, 4)) for _ in range(50))]
@@ -830,6 +831,33 @@ def layout(references, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("network, change", [("unet", {"in_channels": 9}), ("unet", {"out_channels": 8}),
+                                             ("vae", {"latent_channels": 3})])
+def test_a_model_that_wants_more_than_a_text_is_one_line(layout, tmp_path, network, change):
+    """Inpainting, editing and the like: their U-Nets read other channels beside the latents."""
+    shutil.copytree(layout, tmp_path / "model")
+    {"unet": reference_unet, "vae": reference_vae}[network](**change).save_pretrained(tmp_path / "model" / network)
+    with pytest.raises(UserError) as error:
+        chapter.load_pipeline(tmp_path / "model")
+    assert "channels" in one_line(error)
+
+
+@pytest.mark.parametrize("places, most", [(20, 20), (120, 120), (120, 77), (20, 10 ** 30)])
+def test_texts_are_as_long_as_the_model_reads(layout, tmp_path, places, most):
+    """The tokenizer's own limit as in diffusers, which is not always 77; or, if it has none, the text encoder's."""
+    shutil.copytree(layout, tmp_path / "model")
+    encoder = reference_text_encoder("quick_gelu", vocab_size=len(vocabulary()[0]), hidden_size=12,
+                                     max_position_embeddings=places)
+    encoder.save_pretrained(tmp_path / "model/text_encoder")
+    (tmp_path / "model/tokenizer/tokenizer_config.json").write_text(json.dumps({"model_max_length": most}))
+    pipe = chapter.load_pipeline(tmp_path / "model")
+    expected = reference_tokens(["cat " * 90, "cat"], padding="max_length", max_length=min(places, most),
+                                truncation=True, return_tensors="pt")
+    assert torch.equal(pipe.tokenizer(["cat " * 90, "cat"]), expected)
+    with torch.no_grad():
+        assert_close(pipe.text_encoder(expected), encoder(expected).last_hidden_state)
+
+
 @torch.no_grad()
 def assert_pipeline(pipeline, references):
     """Text, U-Net and decoder of the pipeline in a row give what the references give."""
@@ -907,6 +935,7 @@ def test_a_prediction_of_any_kind_holds_the_same_noise(kind, betas):
     ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true"), ({"beta_start": "x"}, 'beta_start is "x"'),
     ({"trained_betas": [0.1, 0.2]}, "trained_betas"), ({"beta_end": 2.0}, "2.0"),
     ({"num_train_timesteps": 1.5}, "num_train_timesteps is 1.5"),
+    ({"timestep_type": "continuous"}, 'timestep_type is "continuous"'),
     ({"prediction_type": "noise"}, "prediction_type is noise"), ({"sigma_data": 0.5}, "sigma_data")])
 def test_another_noise_is_one_line(layout, change, words):
     pipe = chapter.load_pipeline(layout)                   # without its schedule: a velocity can be sampled
@@ -1515,6 +1544,17 @@ def test_lora_of_peft_itself(tmp_path):
     model.save_pretrained(tmp_path)
     chapter.merge_lora({"unet": ours}, tmp_path)
     torch.testing.assert_close(dict(ours.state_dict()), dict(model.merge_and_unload().state_dict()))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_lora_that_is_no_difference_to_the_model_is_one_line(tmp_path, init):
+    """PEFT takes what these begin with out of the weights; W + B A without that is another network."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=init)
+    peft.get_peft_model(reference_unet(), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        chapter.merge_lora(modules(), tmp_path)
+    assert "init_lora_weights" in one_line(error)
 
 
 @pytest.mark.parametrize("notes", [{"alpha_pattern": {"(": 1}}, {"lora_alpha": "x"}, {"alpha_pattern": [1]},

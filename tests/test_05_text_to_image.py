@@ -1237,6 +1237,53 @@ def test_what_is_no_teacher_can_be_sampled(finished, run, here, name):
     assert run("sample", "--model", "model", "--prompt", "a")[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_a_diffusion_model_is_not_drawn_as_a_velocity(finished, run, here, kind):
+    """By default a velocity is drawn; what calls itself epsilon may be one."""
+    shutil.copytree(finished.folder / "teacher", here / "model")
+    path = here / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": kind}))
+    code, _, err = run("sample", "--model", "model", "--prompt", "a")
+    assert code == 2 and sorted(os.listdir(here)) == ["model"]
+    one_line(err, f"model predicts {kind}", "--solver dpm")
+    assert run("sample", "--model", "model", "--prompt", "a", "--solver", "dpm", "--steps", 2)[0] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None},
+                                    {"prediction_type": "flow_prediction", "use_flow_sigmas": True}])
+def test_flows_of_diffusers_are_drawn_as_diffusers_draws_them(finished, here, change):
+    """Its networks predict x0 - x1, ours and InstaFlow's x1 - x0."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    shutil.copytree(finished.folder / "2-rf-0", here / "model")
+    path = here / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = chapter.parse_config(chapter.DrawConfig, ["--model", "model", "--steps", "4", "--device", "cpu"])
+    sampler, _ = chapter.open_sampler(SimpleNamespace(config=config, device=torch.device("cpu")), ["a red circle"])
+    pipe, text = chapter.load_pipeline("model"), sampler.prompts(torch.zeros(2, dtype=torch.long))
+    x0 = x = torch.randn(2, *sampler.prompts.pipe.shape)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(pipe.unet(x, timestep.expand(2), text), timestep, x).prev_sample
+    close(sampler(x0, text), x, atol=1e-4)
+
+
+def test_a_fine_tune_brings_its_own_words(finished, run, here):
+    """The text encoder of --delta was trained with its own tokenizer."""
+    pictures = []
+    for name in ("plain", "learnt"):
+        shutil.copytree(finished.folder / "teacher", here / name)
+        if name == "learnt":
+            vocabulary = json.loads((here / "learnt/tokenizer/vocab.json").read_text())
+            added = {"zorgle": vocabulary["red</w>"]}
+            (here / "learnt/tokenizer/added_tokens.json").write_text(json.dumps(added))
+    for prompt in ("a red circle", "a zorgle circle"):
+        assert run("sample", "--model", "plain", "--delta", "plain", "learnt", "--prompt", prompt)[0] == 0
+        pictures.append((here / "sample.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 @pytest.mark.parametrize("kind, sign, words", [
     ("epsilon", 1, None), ("epsilon", -1, "predicts velocity"), ("v_prediction", -1, None), ("sample", -1, None)])
 def test_a_velocity_that_calls_itself_noise_is_found_out(pipe, kind, sign, words):
