@@ -1,12 +1,16 @@
-"""Chapter 1 as a page to play with: drag a noise, and see where each of your own flows carries it.
+"""Chapters 1 and 4 as pages to play with: drag a noise, and see what your own networks make of it.
 
     python notebooks/explorer.py runs/01_rectified_flow/quick           # writes notebooks/explorer.html
+    python notebooks/explorer.py runs/04_distill/quick                  # writes notebooks/slice.html
     python notebooks/explorer.py runs/mine --out mine.html
 
 Reads a finished run of chapter 1, of any target, width and number of rounds.  The page is one file: it opens from disk
 and asks no server for anything.  What it looks like and does stands in explorer_template.html; this file puts in
 numbers: the networks' weights as float16, noises, data, the loss along t.  One network more is trained here, in a
 minute or two: 2-RF on pairs that were shuffled, which shows that the pairing is the method.
+
+Of a run of chapter 4 it makes slice_template.html into a page in the same way.  Chapter 4's networks are too big for
+that, so what they draw goes in: the pictures of 17 x 17 noises, by every method, as one JPEG.
 """
 from __future__ import annotations
 
@@ -14,49 +18,53 @@ import argparse
 import base64
 import dataclasses
 import importlib.util
+import io
 import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 NOISES, DATA = 160, 400             # points that the page draws; the first NOISES of the data are the noises' partners
 SHUFFLED_PAIRS = 16384              # pairs that are shuffled; all of a run's would take longer and show the same
 SHUFFLED_STEPS = 600                # at most so many training steps on them
+SIDE, LABEL = 17, 22                # the slice: noises along its side; the pictures' class, here a blue cross on white
 PLACE = '{"built": false}'          # what stands in the template where the numbers go
 
 
-def load_chapter():
-    """Chapter 1 as a module.  Its name starts with a digit, so that no import statement can spell it."""
-    path = HERE.parent / "01_rectified_flow.py"
+def load_chapter(name):
+    """A chapter as a module.  Its name starts with a digit, so that no import statement can spell it."""
+    path = HERE.parent / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)     # dataclasses look here while loading
     spec.loader.exec_module(module)
     return module
 
 
-rf = load_chapter()
+rf = load_chapter("01_rectified_flow")
 
 
 # ---- Reading the run -------------------------------------------------------------------------------------------------
 
 
 def read_run(folder):
-    """Settings and results of a finished run.  UserError if the folder holds something else."""
+    """Script, settings and results of a finished run.  UserError if the folder holds something else."""
     try:
         record = json.loads((folder / "run.json").read_text())
-        settings = record["settings"] if record["script"] == "01_rectified_flow.py" else None
-        names = {field.name for field in dataclasses.fields(rf.Config)}
-        config = rf.Config(**{name: value for name, value in settings.items() if name in names})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise rf.UserError(f"{folder} holds no run of 01_rectified_flow.py") from None
+        script, settings = record["script"], dict(record["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        script = None
+    if script not in ("01_rectified_flow.py", "04_distill.py"):
+        raise rf.UserError(f"{folder} holds no run of 01_rectified_flow.py or 04_distill.py")
     results = folder / "results.json"
     if not results.exists():        # it is written last
         raise rf.UserError(f"the run in {folder} is not finished; the command that began it continues it")
-    return config, json.loads(results.read_text())["rounds"]
+    return script, settings, json.loads(results.read_text())
 
 
 def read_flow(folder, k, config):
@@ -134,9 +142,10 @@ def scenery(config, noise, data):
     return content
 
 
-def build(folder):
-    """All that the page needs of a run, as a dict for JSON."""
-    config, rounds = read_run(folder)
+def build(folder, settings, rounds):
+    """All that the page needs of a run of chapter 1, as a dict for JSON."""
+    names = {field.name for field in dataclasses.fields(rf.Config)}
+    config = rf.Config(**{name: value for name, value in settings.items() if name in names})
     flows = [read_flow(folder, k, config) for k in range(1, config.rounds + 1)]
     noise, data = draw_points(config)
     content = {"built": True, "target": config.target.replace("_", " "), "width": config.width, "depth": config.depth,
@@ -150,6 +159,63 @@ def build(folder):
     return content
 
 
+# ---- The slice: chapter 4 --------------------------------------------------------------------------------------------
+
+
+def path_of(name, folder, settings, given):
+    """Where a network of the run lies.  1-RF and 2-RF may be others': as given, or chapter 2's beside the run."""
+    file = {"1-RF": "1-rf", "2-RF": "2-rf", "progressive": "progressive-1"}.get(name, name) + ".pt"
+    flag = {"1-RF": "teacher", "2-RF": "reflow"}.get(name)
+    folder = folder.resolve()
+    chapter_2 = folder.parent.parent / "02_reflow" / folder.name / file
+    told = given.get(flag) or settings.get(flag)
+    return Path(told) if told else chapter_2 if flag and not (folder / file).exists() else folder / file
+
+
+def noises_between(corners):
+    """Noises (SIDE * SIDE, ...), row by row, on the sphere through three: upper left, upper right, lower left.
+
+    In weights that sum to 1 the three span a plane.  Divided by their length the weights keep a noise standard normal.
+    """
+    down, right = torch.meshgrid(torch.linspace(0, 1, SIDE), torch.linspace(0, 1, SIDE), indexing="ij")
+    weights = torch.stack([1 - right - down, right, down], -1).reshape(-1, 3)
+    return torch.einsum("nk,k...->n...", weights / weights.norm(dim=1, keepdim=True), corners)
+
+
+def as_jpeg(sheets):
+    """Sheets, each of SIDE x SIDE pictures (SIDE * SIDE, 3, S, S) in bytes, one below the other: a data URI."""
+    rows = torch.cat(sheets).unflatten(0, (-1, SIDE))                           # (rows, SIDE, 3, S, S)
+    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)            # (height, width, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90, subsampling=0)       # every pixel with its colour
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def build_slice(folder, settings, methods, given):
+    """All that the page needs of a run of chapter 4.  Its corners are three of the noises that the run measures by."""
+    chapter = load_chapter("04_distill")
+    chapter.UserError = rf.UserError                        # a copy of the same: main catches one
+    run = SimpleNamespace(config=chapter.Config(), device=torch.device("cpu"))
+    flows = {name: chapter.Velocity(chapter.open_network(path_of(name, folder, settings, given), run)[0], run.config)
+             for name in methods if name != "real data"}
+    classes, shape = max(flows["1-RF"].classes, 1), flows["1-RF"].shape
+    index = LABEL % classes + classes * torch.arange(3)     # the run's pictures have the class: index % classes
+    z0 = noises_between(chapter.pair_noise(chapter.seed_for(settings["seed"], 999), index, shape))
+    labels = index[:1].expand(len(z0))
+    pictures = {"the noise": z0 / 3, "1-RF, 20 evaluations": chapter.sample(flows["1-RF"], z0, labels, 10, "heun")}
+    for name, flow in flows.items():
+        print(f"\r{name:12}", end="", flush=True)
+        how = ([z0], labels, 1, "jumps") if name in chapter.JUMPERS else (z0, labels, 1)
+        pictures[name] = chapter.sample(flow, *how)
+    print()
+    caption = chapter.shape_captions()[index[0]] if settings["data"] == "shapes" and classes > 1 else ""
+    return {"built": True, "side": SIDE, "size": shape[-1], "names": list(pictures), "caption": caption,
+            "corners": index.tolist(), "sprite": as_jpeg([chapter.to_bytes(x) for x in pictures.values()])}
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
 def fill(template, content):
     """The template with the numbers in it.  A "<" must not stand in a script element, where it could end it."""
     if template.count(PLACE) != 1:
@@ -158,19 +224,26 @@ def fill(template, content):
 
 
 def main(argv=None):
-    """Read a run, train the shuffled network, write the page."""
-    parser = argparse.ArgumentParser(description="Chapter 1 as a page to play with.", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="a finished run of chapter 1, such as runs/01_rectified_flow/quick")
-    parser.add_argument("--out", type=Path, default=HERE / "explorer.html", help="the page (default %(default)s)")
+    """Read a run, compute what it lacks, write the page."""
+    parser = argparse.ArgumentParser(description="Chapters 1 and 4 as pages to play with.", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="a finished run of chapter 1 or 4, such as runs/04_distill/quick")
+    parser.add_argument("--teacher", help="chapter 4's 1-rf.pt, if it is not in the run or in chapter 2's beside it")
+    parser.add_argument("--reflow", help="likewise 2-rf.pt")
+    parser.add_argument("--out", type=Path, help="the page (default: notebooks/explorer.html or slice.html)")
     arguments = parser.parse_args(argv)
     try:
-        page = fill((HERE / "explorer_template.html").read_text(encoding="utf-8"), build(arguments.folder))
-        with rf.replacing(arguments.out) as part:
+        script, settings, results = read_run(arguments.folder)
+        name = "slice" if script == "04_distill.py" else "explorer"
+        content = (build_slice(arguments.folder, settings, results["methods"], vars(arguments)) if name == "slice"
+                   else build(arguments.folder, settings, results["rounds"]))
+        page = fill((HERE / f"{name}_template.html").read_text(encoding="utf-8"), content)
+        out = arguments.out or HERE / f"{name}.html"
+        with rf.replacing(out) as part:
             part.write_text(page, encoding="utf-8")
     except (rf.UserError, OSError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
-    print(f"{arguments.out}: {len(page.encode()) / 1000:.0f} kB")
+    print(f"{out}: {len(page.encode()) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

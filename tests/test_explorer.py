@@ -1,7 +1,9 @@
-"""The page of chapter 1: its weights are those of the run, its paths those of torch; it works in a browser, offline."""
+"""The pages: what is in them is what torch computes from the run; they work in a browser, offline."""
 
 import base64
+import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load, one_line, run_inside
+from PIL import Image
 
 TINY = ("--steps 3 --batch 32 --width 10 --depth 2 --pairs 64 --pair-steps 2 --eval-size 64 --w2-size 16 --device cpu "
         "--log-every 3").split()
 PAGE = ROOT / "notebooks" / "explorer.html"
+SLICE = ROOT / "notebooks" / "slice.html"
 rf = load("01_rectified_flow")
+chapter_4 = load("04_distill")
 
 
 def load_builder():
@@ -63,6 +68,33 @@ def built(tmp_path_factory):
         explorer.main([str(cwd / "run"), "--out", str(cwd / "page.html")])
         return cwd / "run", cwd / "page.html"
     return built
+
+
+@pytest.fixture
+def distilled(tmp_path):
+    """Folder of a tiny run of chapter 4, and its networks by name.  None is trained: they need not know anything."""
+    config = chapter_4.Config(image_size=8, channels=4, attention=(4,), seed=3)
+    run, flows = tmp_path / "runs" / "04_distill" / "quick", {}
+    torch.manual_seed(0)
+    files = {"1-RF": "../../02_reflow/quick/1-rf", "rf": "rf", "progressive": "progressive-1", "ict": "ict"}
+    for name, file in files.items():
+        flows[name] = chapter_4.Flow(config, 3, 32).eval().requires_grad_(False)
+        for weights in flows[name].parameters():
+            weights += 0.1 * torch.randn_like(weights)
+        chapter_4.save_checkpoint(run / f"{file}.pt", config=dataclasses.asdict(config),
+                                  model=flows[name].state_dict())
+    settings = dataclasses.asdict(config)
+    rf.save_json(run / "run.json", {"script": "04_distill.py", "settings": settings})
+    rf.save_json(run / "results.json", {"methods": {"real data": {}} | {name: {} for name in files}})
+    return run, flows
+
+
+def sprite(page):
+    """The pictures of a slice, in bytes: (names, rows, columns, S, S, 3)."""
+    run = content(page)
+    image = Image.open(io.BytesIO(base64.b64decode(run["sprite"].split(",")[1])))
+    side, size = run["side"], run["size"]
+    return torch.from_numpy(np.array(image)).reshape(-1, side, size, side, size, 3).transpose(2, 3).float()
 
 
 # ---- The builder -----------------------------------------------------------------------------------------------------
@@ -125,6 +157,46 @@ def test_the_committed_page_is_the_template_with_a_default_run():
     assert not re.search(r"https?://|@import|url\(", page)                 # a browser has no server to ask
     run, default = json.loads(numbers), rf.Config()
     assert (len(run["flows"]), run["width"], run["steps"]) == (default.rounds, default.width, default.steps)
+
+
+def test_corners_of_the_slice_are_chapter_4s_own_pictures(distilled, tmp_path):
+    """Three corners: pictures that the run itself draws, of noises 22, 54 and 86, all of class 22."""
+    folder, flows = distilled
+    explorer.main([str(folder), "--out", str(tmp_path / "page.html")])
+    assert content(tmp_path / "page.html")["names"] == ["the noise", "1-RF, 20 evaluations", *flows]
+    cells = sprite(tmp_path / "page.html")[2:]
+    index = torch.tensor([22, 54, 86])
+    noise = chapter_4.pair_noise(chapter_4.seed_for(3, 999), index, (3, 8, 8))
+    for picture, (name, flow) in zip(cells, flows.items(), strict=True):
+        drawn = chapter_4.Generator(flow, name)(noise, index % 32)
+        drawn = chapter_4.to_bytes(drawn).permute(0, 2, 3, 1).float()
+        corners = torch.stack([picture[0, 0], picture[0, -1], picture[-1, 0]])
+        error = (corners[:, None] - drawn).square().mean((2, 3, 4)).sqrt()      # (corners, noises)
+        assert error.diagonal().max() < 12 and error.fill_diagonal_(1e9).min() > 20     # JPEG of mere noise: 9
+
+
+def test_noises_between_three_are_as_long_as_noise():
+    corners = torch.randn(3, 10000)
+    noise = explorer.noises_between(corners).reshape(17, 17, -1)
+    assert torch.allclose(torch.stack([noise[0, 0], noise[0, -1], noise[-1, 0]]), corners)
+    assert torch.allclose(noise.std(2), torch.ones(17, 17), atol=0.05)
+    assert torch.allclose(noise[8, 8], (corners[1] + corners[2]) / 2**0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rf.pt", "../../02_reflow/quick/1-rf.pt"])
+def test_a_slice_without_its_networks_is_one_line(distilled, tmp_path, capsys, name):
+    (distilled[0] / name).unlink()
+    with pytest.raises(SystemExit, match="2"):
+        explorer.main([str(distilled[0]), "--out", str(tmp_path / "page.html")])
+    one_line(capsys.readouterr().err.splitlines()[-1], name.split("/")[-1], "is missing")
+
+
+def test_the_committed_slice_is_the_template_with_a_default_run():
+    page, template = SLICE.read_text(), (SLICE.parent / "slice_template.html").read_text()
+    numbers = re.search(r'id="run">(.*?)</script>', page, re.S)[1]
+    assert page.replace(numbers, explorer.PLACE) == template, "build it again: see notebooks/explorer.py"
+    assert len(page.encode()) <= 1_500_000 and not re.search(r"https?://|@import|url\(", page)
+    assert len(json.loads(numbers)["names"]) == 10 and sprite(SLICE).shape == (10, 17, 17, 16, 16, 3)
 
 
 # ---- In a browser ----------------------------------------------------------------------------------------------------
@@ -333,4 +405,43 @@ def test_other_runs(chromium, built, flags):
     torchs = rf.integrate(network(run["flows"][-1]), torch.tensor([[0.5, -0.5]]), 5)[-1, 0]
     assert end == pytest.approx(torchs.tolist(), abs=1e-2)
     chromium.do("document.querySelector('[data-show=border] button').click(); document.getElementById('loss').click()")
+    assert chromium.complaints() == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_moving_over_the_slice_changes_all_pictures(chromium, width):
+    """By keys and by mouse: every tile shows the cell where the ring is; at the border the flow itself jumps most."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+    chromium.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    chromium.open(SLICE)
+    cells = sprite(SLICE)
+
+    def shown():
+        """(column, row) of the ring, which must be the cell of every tile."""
+        place = chromium.js("return [explorer.state.column, explorer.state.row]")
+        tiles = chromium.js("return explorer.tiles.map(({picture}) => [...picture])")
+        for tile, sheet in zip(torch.tensor(tiles).float(), cells, strict=True):
+            error = (sheet - tile.reshape(16, 16, 4)[..., :3]).abs().mean((2, 3, 4))
+            assert divmod(error.argmin().item(), 17) == (place[1], place[0])
+        return place
+
+    column, row = shown()
+    ring = chromium.driver.find_element("id", "ring")
+    ring.send_keys(Keys.ARROW_DOWN)
+    assert shown() == [column, row + 1]
+    notes = chromium.js("return explorer.tiles.map(({note}) => note.textContent)")
+    flow, *others = [float(note.removeprefix("changed by ")) for note in notes[1:]]
+    assert flow > max(others)
+    ring.send_keys(Keys.ARROW_UP, Keys.ARROW_LEFT)
+    assert shown() == [column - 1, row]
+    cell = chromium.js("return document.getElementById('stage').clientWidth") / 17
+    ActionChains(chromium.driver).click_and_hold(ring).move_by_offset(round(3 * cell), round(-2 * cell)).perform()
+    assert shown() == [column + 2, row - 2]
+    ActionChains(chromium.driver).release().perform()
+    chromium.js("explorer.tiles[3].box.click()")
+    assert chromium.js("return document.getElementById('shown').textContent") == "2-RF"
+    assert chromium.js("return document.documentElement.scrollWidth") <= width
+    chromium.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert chromium.complaints() == []
