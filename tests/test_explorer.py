@@ -159,9 +159,12 @@ def test_the_committed_page_is_the_template_with_a_default_run():
     assert (len(run["flows"]), run["width"], run["steps"]) == (default.rounds, default.width, default.steps)
 
 
-def test_corners_of_the_slice_are_chapter_4s_own_pictures(distilled, tmp_path):
+def test_corners_of_the_slice_are_chapter_4s_own_pictures(distilled, tmp_path, monkeypatch):
     """Three corners: pictures that the run itself draws, of noises 22, 54 and 86, all of class 22."""
     folder, flows = distilled
+    monkeypatch.setattr(explorer, "load_chapter", lambda name: chapter_4)
+    monkeypatch.setattr(chapter_4, "UserError", chapter_4.UserError)            # the builder changes it
+    monkeypatch.setattr(chapter_4, "JUMP_TIMES", [0.7])                         # later, to tell ict's jump from a step
     explorer.main([str(folder), "--out", str(tmp_path / "page.html")])
     assert content(tmp_path / "page.html")["names"] == ["the noise", "1-RF, 20 evaluations", *flows]
     cells = sprite(tmp_path / "page.html")[2:]
