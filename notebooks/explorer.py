@@ -196,20 +196,20 @@ def build_slice(folder, settings, methods, given):
     chapter = load_chapter("04_distill")
     chapter.UserError = rf.UserError                        # a copy of the same: main catches one
     run = SimpleNamespace(config=chapter.Config(), device=torch.device("cpu"))
-    flows = {name: chapter.Velocity(chapter.open_network(path_of(name, folder, settings, given), run)[0], run.config)
-             for name in methods if name != "real data"}
-    classes, shape = max(flows["1-RF"].classes, 1), flows["1-RF"].shape
+    networks = {name: chapter.open_network(path_of(name, folder, settings, given), run)[0]
+                for name in methods if name != "real data"}
+    flow = chapter.Velocity(networks["1-RF"], run.config)
+    classes = max(flow.classes, 1)
     index = LABEL % classes + classes * torch.arange(3)     # the run's pictures have the class: index % classes
-    z0 = noises_between(chapter.pair_noise(chapter.seed_for(settings["seed"], 999), index, shape))
+    z0 = noises_between(chapter.pair_noise(chapter.seed_for(settings["seed"], 999), index, flow.shape))
     labels = index[:1].expand(len(z0))
-    pictures = {"the noise": z0 / 3, "1-RF, 20 evaluations": chapter.sample(flows["1-RF"], z0, labels, 10, "heun")}
-    for name, flow in flows.items():
+    pictures = {"the noise": z0 / 3, "1-RF, 20 evaluations": chapter.sample(flow, z0, labels, 10, "heun")}
+    for name, network in networks.items():
         print(f"\r{name:12}", end="", flush=True)
-        how = ([z0], labels, 1, "jumps") if name in chapter.JUMPERS else (z0, labels, 1)
-        pictures[name] = chapter.sample(flow, *how)
+        pictures[name] = chapter.Generator(network, name)(z0, labels if flow.classes else None)
     print()
     caption = chapter.shape_captions()[index[0]] if settings["data"] == "shapes" and classes > 1 else ""
-    return {"built": True, "side": SIDE, "size": shape[-1], "names": list(pictures), "caption": caption,
+    return {"built": True, "side": SIDE, "size": flow.shape[-1], "names": list(pictures), "caption": caption,
             "corners": index.tolist(), "sprite": as_jpeg([chapter.to_bytes(x) for x in pictures.values()])}
 
 
