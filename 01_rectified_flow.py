@@ -658,8 +658,8 @@ class Run:
     def reads(self, name, content):
         """Note a digest of what this run reads, a network or plain data: with other contents it cannot be continued."""
         if isinstance(content, nn.Module):
-            tensors = {key: tensor.cpu().contiguous().flatten() for key, tensor in content.state_dict().items()}
-            content = {key: hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() for key, flat in tensors.items()}
+            flat = ((key, tensor.cpu().contiguous().flatten()) for key, tensor in content.state_dict().items())
+            content = {key: hashlib.sha256(bits.view(torch.uint8).numpy()).hexdigest() for key, bits in flat}
         self.inputs[name] = "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def claim(self):
