@@ -3,6 +3,42 @@
 Each is a mistake that people make, and must lose the points of its exercise and no others.
 """
 
+REFLOW = """
+def reflow(teacher, noise, config):
+    z0, z1 = ch1.make_pairs(teacher, noise, 16)
+    network = ch1.VelocityMLP(config.width, config.depth)
+    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+"""
+STRAIGHTEN = """
+def straighten(flow_map, texts, network, config):
+    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
+    x1 = flow_map(x0, text)
+
+    def loss_fn(model, ema, step):
+        i = torch.randint(4096, (config.batch,))
+        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], torch.rand(config.batch))
+    for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model
+"""
+LOOP = """for step, loss, ema in ch1.train(network, loss_fn, config):
+        pass
+    return ema.model"""
+INDEX = "i = torch.randint(4096, (config.batch,))"
+TWO = "i, j = torch.randint(4096, (2, config.batch))"      # who belongs to whom is lost
+
+
+def spoilt(right, *changes):
+    """A right answer with some mistakes made in it.  changes: (what stands there, what stands there then)."""
+    for old, new in changes:
+        assert right.count(old) == 1
+        right = right.replace(old, new)
+    return right
+
+
 WRONG_ANSWERS = [
     ("hw1", "interpolate", """
 def interpolate(x0, x1, t):
@@ -206,53 +242,19 @@ def reflow(teacher, noise, config):
         pass
     return ema.model
 """, "the pairs are shuffled"),
-    ("hw2", "reflow", """
-def reflow(teacher, noise, config):
-    z0, z1 = ch1.make_pairs(teacher, noise, 16)
-    network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return network
-""", "the EMA is not used"),
+    ("hw2", "reflow", spoilt(REFLOW, ("return ema.model", "return network")), "the EMA is not used"),
     ("hw2", "reflow", """
 def reflow(teacher, noise, config):
     return lambda x, t: (ch1.integrate(teacher, x, 16, "heun")[-1] - x)
 """, "asks the teacher"),
-    ("hw2", "reflow", """
-def reflow(teacher, noise, config):
-    z0, z1 = ch1.make_pairs(teacher, noise, 16)
-    network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return network.requires_grad_(False)
-""", "the EMA is not used"),
-    ("hw2", "reflow", """
-def reflow(teacher, noise, config):
-    z0, z1 = ch1.make_pairs(teacher, noise, 16)
-    network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
-    training = ch1.train(network, loss_fn, config)
-    return network
-""", "no training step"),
-    ("hw2", "reflow", """
-def reflow(teacher, noise, config):
-    z0, z1 = ch1.make_pairs(teacher, noise, 16)
-    network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z0, z1), n=config.batch)
-    step, loss, ema = next(ch1.train(network, loss_fn, config))
-    return ema.model
-""", "trained for 1 of 120 steps"),
-    ("hw2", "reflow", """
-def reflow(teacher, noise, config):
-    z0, z1 = ch1.make_pairs(teacher, noise, 16)
-    network = ch1.VelocityMLP(config.width, config.depth)
-    loss_fn = partial(ch1.pair_loss, draw=partial(ch1.draw_stored, z1, z0), n=config.batch)
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return ema.model
-""", "the pairs are turned round"),
+    ("hw2", "reflow", spoilt(REFLOW, ("return ema.model", "return network.requires_grad_(False)")),
+     "the EMA is not used"),
+    ("hw2", "reflow", spoilt(REFLOW, (LOOP, "training = ch1.train(network, loss_fn, config)\n    return network")),
+     "no training step"),
+    ("hw2", "reflow", spoilt(REFLOW, (
+        LOOP, "step, loss, ema = next(ch1.train(network, loss_fn, config))\n    return ema.model")),
+     "trained for 1 of 120 steps"),
+    ("hw2", "reflow", spoilt(REFLOW, ("z0, z1)", "z1, z0)")), "the pairs are turned round"),
     ("hw3", "times", """
 def u_shaped(y, a):
     return 0.5 + torch.asinh((2 * y - 1) * math.sinh(a)) / a
@@ -464,76 +466,16 @@ def distill_loss(velocity, x0, x1, text, decode, scale, lpips):
     landed = x0 + velocity(x0, x0.new_zeros(len(x0)), text)
     return lpips(decode(landed) / scale, decode(x1) / scale)
 """, "the pictures are divided by the scale"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i, j = torch.randint(4096, (2, config.batch))
-        return ch1.flow_matching_loss(partial(model, text=text[j]), x0[i], x1[j], torch.rand(config.batch))
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return ema.model
-""", "the pairs are shuffled"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i, j = torch.randint(4096, (2, config.batch))
-        return ch1.flow_matching_loss(partial(model, text=text[j]), x0[i], x1[i], torch.rand(config.batch))
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return ema.model
-""", "the texts are shuffled"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i = torch.randint(4096, (config.batch,))
-        t = torch.zeros(config.batch)
-        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], t)
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return ema.model
-""", "t = 0 only"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i = torch.randint(4096, (config.batch,))
-        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], torch.rand(config.batch))
-    training = ch1.train(network, loss_fn, config)
-    return network
-""", "no training step"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i = torch.randint(4096, (config.batch,))
-        return ch1.flow_matching_loss(partial(model, text=text[i]), x1[i], x0[i], torch.rand(config.batch))
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return ema.model
-""", "the pairs are turned round"),
-    ("hw5", "straighten", """
-def straighten(flow_map, texts, network, config):
-    x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
-    x1 = flow_map(x0, text)
-
-    def loss_fn(model, ema, step):
-        i = torch.randint(4096, (config.batch,))
-        return ch1.flow_matching_loss(partial(model, text=text[i]), x0[i], x1[i], torch.rand(config.batch))
-    for step, loss, ema in ch1.train(network, loss_fn, config):
-        pass
-    return network.requires_grad_(False)
-""", "the EMA is not used"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, (INDEX, TWO), ("x1[i]", "x1[j]"), ("text[i]", "text[j]")),
+     "the pairs are shuffled"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, (INDEX, TWO), ("text[i]", "text[j]")), "the texts are shuffled"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, (INDEX, f"{INDEX}\n        t = torch.zeros(config.batch)"),
+                                 ("torch.rand(config.batch)", "t")),
+     "t = 0 only"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, (
+        LOOP, "training = ch1.train(network, loss_fn, config)\n    return network")),
+     "no training step"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, ("x0[i], x1[i]", "x1[i], x0[i]")), "the pairs are turned round"),
+    ("hw5", "straighten", spoilt(STRAIGHTEN, ("return ema.model", "return network.requires_grad_(False)")),
+     "the EMA is not used"),
 ]
