@@ -2,11 +2,11 @@
 
     python tests/photographs.py --vgg vgg16.pth --real FOLDER runs/a/1-rf.pt:1 runs/a/1-rf.pt:8 runs/a/2-rf.pt:1
 
-NETWORK.pt:N draws by N Euler steps (0: 10 of Heun); --figure FILE.png: the same twelve noises through each.  vgg16.pth: torchvision's file, or any with the tensors of its convolutions.
+NETWORK.pt:N draws by N Euler steps (0: 10 of Heun); --figure FILE.png: the same twelve noises through each.
+vgg16.pth: torchvision's file, or any with the tensors of its convolutions.
 Features: the 512 means over the picture of the last convolution's outputs, of pictures resized to 64 x 64.
 """
 import argparse
-
 from pathlib import Path
 
 import torch
