@@ -293,7 +293,7 @@ class Velocity:
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
         self.flow = flow
         self.shape = flow.model.shape
-        self.classes = flow.model.classes
+        self.classes = flow.classes
         self.evaluations = 0
 
     @torch.no_grad()
@@ -716,6 +716,7 @@ class Flow(nn.Module):
 
     def __init__(self, config, channels, classes):
         super().__init__()
+        self.classes = classes
         self.model = UNet(config.image_size, channels, config.channels, config.mult, config.blocks,
                           config.attention, config.dropout, classes)
 
@@ -841,12 +842,12 @@ class UNet(nn.Module):
         angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
-            one_hot = (labels[:, None] == self.numbers).to(emb.dtype)                   # (b, classes)
-            emb = emb + self.map_label(one_hot * self.classes**0.5)                     # mean square one
+            rows = labels if labels.is_floating_point() else labels[:, None] == self.numbers        # (b, classes)
+            emb = emb + self.map_label(rows.to(emb.dtype) * self.classes**0.5)          # one-hot: mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
-        """x (b, c, h, w), noise_label (b,), labels (b,) int64 or, without classes, None -> (b, c, h, w)."""
+        """x (b, c, h, w), noise_label (b,), labels: int64 (b,), float (b, classes); or None -> (b, c, h, w)."""
         if x.shape[1:] != self.shape or (labels is None) == bool(self.classes):
             raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
         emb = self.embed(noise_label, labels)

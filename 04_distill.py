@@ -1,13 +1,16 @@
-"""Chapter 4 - how do we get to one step?  Four methods, one teacher, one budget.
+"""Chapter 4 - how do we get to one step?  Six methods, one teacher, one budget.
 
-All four train the same network, v, until one jump along the velocity, from the noise to the data, draws a picture:
+All train the network of a flow until one jump along its velocity, from the noise to the data, draws a picture:
     f(x, t) = x + (1 - t) v(x, t),   so that f(x, 1) = x whatever v is.
 They differ in the target:
     rf           f(z0, 0) learns z1, the end of the flow's ODE from z0: |f(z0, 0) - z1|^2, then LPIPS          [Liu+22]
     progressive  a step learns where two steps of the teacher end; steps halve until one is left, which is f   [SH22]
     consistency  f(x_t, t) learns f(x_r, r), x_r a small step of the teacher's ODE further on                  [Song+23]
     ict          the same, but x_r is further on by the straight line to the picture: no teacher               [SD24]
-rf starts from 2-RF and its pairs, all others from 1-RF; `direct` is rf without reflow: the same distillation, of 1-RF.
+    meanflow     v(x, t, r), told where to, learns the mean velocity on the way to x_r, for all r > t          [Geng+25]
+    remeanflow   the same, but on the pairs of 1-RF, where hardly two lines cross                              [Zha+25]
+rf starts from 2-RF and its pairs, remeanflow from 2-RF and the pairs it had, all others from 1-RF.  `direct` is rf
+without reflow: the same distillation, of 1-RF.
 Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted).
 Reflow had cost some before; `longer` is direct given these as well.
 
@@ -19,6 +22,7 @@ You will see, in runs/04_distill/quick/: methods.png (the same 16 noises through
 distance after one and two steps, accuracy, precision, recall, density, coverage, evaluations spent.
 [Liu+22] Flow Straight and Fast, arXiv 2209.03003.  [SH22] Progressive Distillation, arXiv 2202.00512.  [Song+23]
 Consistency Models, arXiv 2303.01469.  [SD24] Improved Techniques for Training Consistency Models, arXiv 2310.14189.
+[Geng+25] Mean Flows, arXiv 2505.13447.  [Zha+25] Flow Straighter and Faster, arXiv 2511.23342.
 [Kyn+19] arXiv 1904.06991 (precision, recall).  [Nae+20] arXiv 2002.09797 (density, coverage).
 """
 from __future__ import annotations
@@ -60,6 +64,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 # ---- The method ------------------------------------------------------------------------------------------------------
@@ -164,15 +169,42 @@ def both_ends(student, noisy, clean):
         return end, jump(student, *clean)
 
 
+def mean_flow_loss(model, ema, step, lesson):
+    """meanflow: u(x_t, t, r), the mean velocity from t to r, learns sg[v + (r - t) du/dt] with v = x1 - x0 [Geng+25].
+
+    (r - t) u is the integral of v from t to r.  Its derivative by t, with r fixed, is the identity
+        u = v + (r - t) du/dt,   du/dt = v grad_x u + d_t u;   for r = t it is the loss of a flow.
+    On average over x0, x1 given x_t, v is the velocity.  Each sample's loss is divided by itself, without gradient, and
+    a little more, so that no wild target rules the batch.
+    """
+    x0, x1, labels = lesson.draw()
+    t, r = two_times(len(x0), x0.device)
+    xt = interpolate(x0, x1, t)
+    u = model(xt, t, labels, r)                             # first: see both_ends
+    bare = getattr(model, "module", model).forward          # around torch.compile and DDP: no jvp through those
+    change = derivative(partial(bare, labels=labels, r=r), xt, t, x1 - x0)
+    error = squared(u, x1 - x0 + per_sample(r - t, xt) * change)
+    return error / (error.detach() + 1e-3)
+
+
+def derivative(u, x, t, v):
+    """du/dt = v grad_x u + d_t u along dx/dt = v, without gradient: a Jacobian-vector product, in one pass forward.
+
+    In float32, as a derivative is a small difference; and by the only kernel for attention that knows such products.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+
+
 # ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
 
 
 # Differs from 02_reflow.py: the methods and their constants, a budget for all, drawing and exporting
 @dataclass
 class Config:
-    """From a rectified flow to one step, by four methods at equal cost."""
+    """From a rectified flow to one step, by six methods at equal cost."""
     preset: Literal["quick", "gpu", "paper"] = "quick"      # size of the run
-    method: Literal["all", "rf", "progressive", "consistency", "ict"] = "all"  # to train; rf brings 2-RF and direct too
+    method: Literal["all", "rf", "progressive", "consistency", "ict", "meanflow", "remeanflow"] = "all"   # to train
     data: str = "shapes"                                    # shapes, cifar10, or a folder of class sub-folders
     data_dir: str = "data"                                  # where CIFAR-10 and the Inception network are kept
     download: bool = False                                  # fetch CIFAR-10 or the Inception network if missing
@@ -275,42 +307,55 @@ def main(config):
     if teacher is None:                                     # pair_loss: chapter 2's, among the copies below
         teacher = run.fit("1-rf", flow, partial(pair_loss, draw=draw, n=run.share), stream=1)
     lesson = Lesson(partial(draw, run.share), Velocity(teacher, config), distance=perceptual)
-    methods = {"rf": partial(distil_pairs, reflowed=reflowed), "progressive": halve_steps,
-               "consistency": follow_teacher, "ict": follow_lines}
     networks = {"1-RF": {1: teacher, 2: teacher}}           # a network for each number of steps
+    straight = None
+    if config.method in ("all", "rf", "remeanflow"):        # these two stand on reflow
+        straight = straighten(lesson, reflowed, run)
+        networks["2-RF"] = dict.fromkeys((1, 2), straight.teacher.flow)
+    methods = {"rf": partial(distil_pairs, lesson, straight), "progressive": partial(halve_steps, lesson),
+               "consistency": partial(follow_teacher, lesson), "ict": partial(follow_lines, lesson),
+               "meanflow": partial(average, lesson, "meanflow"), "remeanflow": partial(average, straight, "remeanflow")}
     for name, method in methods.items():
         if config.method in ("all", name):
-            networks |= method(lesson=lesson, run=run)
+            networks |= method(run)
     if run.rank == 0:
         report(networks, images, features, label, run)
 
 
-def distil_pairs(lesson, reflowed, run):
-    """rf: 2-RF and its distillation; beside it `direct`, 1-RF distilled in as many steps on as many pairs."""
+def straighten(lesson, reflowed, run):
+    """Reflow: a lesson on 1-RF's pairs, whose teacher is 2-RF, trained here if it is not given."""
+    flow = lesson.teacher.flow
+    pairs = stored_pairs("2-rf", flow, 2, run)              # named after the stage that learns from them
+    if reflowed is None:
+        loss = partial(pair_loss, draw=pairs, n=run.share)
+        reflowed = run.fit("2-rf", flow, loss, stream=2, steps=run.config.reflow_steps)
+    return Lesson(partial(pairs, run.share), Velocity(reflowed, run.config))
+
+
+def distil_pairs(lesson, straight, run):
+    """rf: 2-RF distilled; beside it `direct`, 1-RF distilled in as many steps on as many pairs."""
     config = run.config
     flow = lesson.teacher.flow
-    curved = stored_pairs("2-rf", flow, 2, run)             # pairs are named after the stage that learns from them
-    if reflowed is None:
-        loss = partial(pair_loss, draw=curved, n=run.share)
-        reflowed = run.fit("2-rf", flow, loss, stream=2, steps=config.reflow_steps)
-    lessons = [("direct", flow, curved, 4), ("rf", reflowed, stored_pairs("rf", reflowed, 3, run), 5)]
+    reflowed = straight.teacher.flow
+    own = partial(stored_pairs("rf", reflowed, 3, run), run.share)
+    lessons = [("direct", flow, straight.draw, 4), ("rf", reflowed, own, 5)]
     if config.longer:
-        more = stored_pairs("longer", flow, 8, run)
-        lessons.append(("longer", flow, partial(draw_either, curved, more), 9))
-    networks = {"2-RF": {1: reflowed, 2: reflowed}}
+        more = partial(stored_pairs("longer", flow, 8, run), run.share)
+        lessons.append(("longer", flow, partial(draw_either, straight.draw, more), 9))
+    networks = {}
     share = config.lpips_share * (0.1 if config.lpips_weights == "random" else 1)       # long, it only harms then
     for name, start, draw, stream in lessons:
         squares = round(training_steps(config)[name] * (1 - share))
-        on_pairs = Lesson(partial(draw, run.share), distance=lesson.distance, squares=squares)
+        on_pairs = Lesson(draw, distance=lesson.distance, squares=squares)
         loss = partial(distillation_loss, lesson=on_pairs, jumps=config.jumps)
         student = train_student(name, start, loss, stream, run)
         networks[name] = {n: student for n in (1, 2) if config.jumps % n == 0}      # two steps if it learnt t = 1/2
     return networks
 
 
-def draw_either(first, second, n):
+def draw_either(first, second):
     """A batch from one of two sets of pairs."""
-    return (first if torch.rand(()) < 0.5 else second)(n)
+    return first() if torch.rand(()) < 0.5 else second()
 
 
 def halve_steps(lesson, run):
@@ -341,6 +386,14 @@ def follow_lines(lesson, run):
     loss = partial(consistency_training_loss, lesson=Lesson(lesson.draw), levels=levels)
     student = train_student("ict", lesson.teacher.flow, loss, 7, run)
     return {"ict": {1: student, 2: student}}
+
+
+def average(lesson, name, run):
+    """meanflow, from 1-RF on noise and data drawn apart; remeanflow, from 2-RF on 1-RF's pairs."""
+    start = widen(lesson.teacher.flow, run.config)
+    loss = partial(mean_flow_loss, lesson=Lesson(lesson.draw))
+    student = train_student(name, start, loss, {"meanflow": 20, "remeanflow": 21}[name], run)
+    return {name: {n: FlowMap(student, n) for n in (1, 2)}}
 
 
 # Differs from 02_reflow.py: methods in place of rounds, more metrics, and real pictures as the reference
@@ -379,9 +432,9 @@ def report(networks, images, features, label, run):
 
 # ---- Training: equal budgets, noise levels, distances ----------------------------------------------------------------
 
-# Evaluations that one image costs in one training step: forward 1, backward 2, a teacher's 1 (Heun: 2), the target 1.
+# Evaluations of one image in a training step: forward 1, backward 2, derivative 2, a teacher's 1 (Heun: 2), target 1.
 # A new method also needs: a loss, a function like follow_lines in main's methods, its name in Config (and JUMPERS).
-COST = {"direct": 3, "rf": 3, "longer": 3, "progressive": 5, "consistency": 6, "ict": 4}
+COST = {"direct": 3, "rf": 3, "longer": 3, "progressive": 5, "consistency": 6, "ict": 4, "meanflow": 5, "remeanflow": 5}
 
 
 def pair_cost(config):
@@ -408,8 +461,8 @@ def spent(name, config):
     """Network evaluations of a network after 1-RF: those of its method, and those of its reflow, pairs included."""
     own = COST.get(name, 0) * config.batch * training_steps(config).get(name, 0)
     own += pair_cost(config) * {"direct": 1, "rf": 1, "longer": 2}.get(name, 0)
-    reflow = pair_cost(config) + 3 * config.batch * config.reflow_steps if name in ("2-RF", "rf") else 0
-    return own, reflow
+    reflow = pair_cost(config) + 3 * config.batch * config.reflow_steps
+    return own, reflow if name in ("2-RF", "rf", "remeanflow") else 0
 
 
 def train_student(name, start, loss, stream, run):
@@ -419,6 +472,42 @@ def train_student(name, start, loss, stream, run):
         if isinstance(layer, nn.Dropout):
             layer.p = run.config.student_dropout
     return run.fit(name, model, loss, stream, steps=training_steps(run.config)[name], lr=run.config.student_lr)
+
+
+MAPS = ("meanflow", "remeanflow")                           # these networks are told where to
+SPANS = 8                                                   # by so many numbers, which the network takes for labels
+
+
+class FlowMap(nn.Module):
+    """The mean velocity u(x, t, r) from t to r, by the network of a Flow with SPANS more labels: cosines of r - t.
+
+    forward: x (B, C, H, W), t (B,), labels (B,) or None, r (B,) -> (B, C, H, W).  Without r the way is 1/steps long: so
+    it can stand wherever a velocity does, and Euler's steps of that length are as good as the network.
+    """
+
+    def __init__(self, flow, steps=1):
+        super().__init__()
+        self.model = flow.model                             # the name in Flow: the files are those of a wide Flow
+        self.classes = self.model.classes - SPANS
+        self.steps = steps
+
+    def forward(self, x, t, labels=None, r=None):
+        span = torch.full_like(t, 1 / self.steps) if r is None else r - t
+        numbers = self.model.numbers
+        columns = (math.pi * span[:, None] * numbers[:SPANS]).cos()
+        if self.classes:
+            columns = torch.cat([(labels[:, None] == numbers[:self.classes]).to(columns.dtype), columns], dim=1)
+        return edm_velocity(partial(self.model, labels=columns), x, t)
+
+
+def widen(flow, config):
+    """A flow map that is the velocity of a flow, wherever to: the cosines have no weight yet."""
+    wide = Flow(config, 3, flow.classes + SPANS)
+    label = torch.zeros_like(wide.model.map_label.weight)
+    if flow.classes:                                        # the network takes labels times sqrt(classes)
+        label[:, :flow.classes] = flow.model.map_label.weight * (flow.classes / wide.classes) ** 0.5
+    wide.load_state_dict(wide.state_dict() | flow.state_dict() | {"model.map_label.weight": label})
+    return FlowMap(wide)
 
 
 def stored_pairs(name, flow, stream, run):
@@ -459,6 +548,12 @@ def ict_grid(n, device=None, mean=-1.1, std=2.0):
     r = times[:-1]
     t = times[1:]
     return [x.float().to(device) for x in (times, mass / mass.sum(), t * r / (r - t))]
+
+
+def two_times(n, device, same=0.5):
+    """t and r (n,), t <= r, the ends of a uniform interval; in a share of the cases r = t."""
+    t, r = torch.rand(2, n, device=device).sort(0).values
+    return t, torch.where(torch.rand(n, device=device) < same, t, r)
 
 
 def squared(a, b):
@@ -585,7 +680,9 @@ def open_network(path, run):
         raise UserError(f"{path} is no network of chapters 2 to 4")
     run.config = dataclasses.replace(run.config, **{name: content["config"][name] for name in names})
     label_weight = content["model"].get("model.map_label.weight", torch.empty(0, 0))
-    return load_flow(path, run, 3, label_weight.shape[1]), content["config"].get("stage")
+    flow = load_flow(path, run, 3, label_weight.shape[1])
+    stage = content["config"].get("stage")
+    return FlowMap(flow) if stage in MAPS else flow, stage
 
 
 class Generator(nn.Module):
@@ -603,7 +700,7 @@ class Generator(nn.Module):
 def export_generator(generator, path):
     """The generator as one file that torch.export.load reads without this repository, for any batch."""
     inputs = {"z0": torch.zeros(2, *generator.flow.model.shape)}
-    if generator.flow.model.classes:
+    if generator.flow.classes:
         inputs["labels"] = torch.zeros(2, dtype=torch.long)
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = {name: {0: batch} for name in inputs}
@@ -1126,7 +1223,7 @@ class Velocity:
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
         self.flow = flow
         self.shape = flow.model.shape
-        self.classes = flow.model.classes
+        self.classes = flow.classes
         self.evaluations = 0
 
     @torch.no_grad()
@@ -1481,6 +1578,7 @@ class Flow(nn.Module):
 
     def __init__(self, config, channels, classes):
         super().__init__()
+        self.classes = classes
         self.model = UNet(config.image_size, channels, config.channels, config.mult, config.blocks,
                           config.attention, config.dropout, classes)
 
@@ -1606,12 +1704,12 @@ class UNet(nn.Module):
         angles = noise_label.float()[:, None] * self.frequencies    # float32 even under autocast: bf16 merges nearby s
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)        # (b, model_channels)
         if self.classes:
-            one_hot = (labels[:, None] == self.numbers).to(emb.dtype)                   # (b, classes)
-            emb = emb + self.map_label(one_hot * self.classes**0.5)                     # mean square one
+            rows = labels if labels.is_floating_point() else labels[:, None] == self.numbers        # (b, classes)
+            emb = emb + self.map_label(rows.to(emb.dtype) * self.classes**0.5)          # one-hot: mean square one
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                    # (b, 4·model_channels)
 
     def forward(self, x, noise_label, labels=None):
-        """x (b, c, h, w), noise_label (b,), labels (b,) int64 or, without classes, None -> (b, c, h, w)."""
+        """x (b, c, h, w), noise_label (b,), labels: int64 (b,), float (b, classes); or None -> (b, c, h, w)."""
         if x.shape[1:] != self.shape or (labels is None) == bool(self.classes):
             raise ValueError(f"UNet built for x (b, *{self.shape}) and {self.classes} classes, got {tuple(x.shape)}")
         emb = self.embed(noise_label, labels)
