@@ -1,4 +1,4 @@
-"""Chapter 4: the four losses on Gaussian data, where every answer is known; metrics; drawing, exporting; tiny runs.
+"""Chapter 4: the five losses on Gaussian data, where every answer is known; metrics; drawing, exporting; tiny runs.
 
 Data N(m, s^2) in one dimension, noise N(0, 1): the velocity, the flow's map and the best any discretised student can
 do are closed forms.  What is copied has tests in its home's file.
@@ -16,10 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark import shake
 from conftest import (copy_run, driver, fixtures, kill_after_row, load, log_rows, networks_of_chapter_2, one_line,
                       same_weights, torchrun)
 from PIL import Image
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "04_distill"
 chapter = load(NAME)
@@ -27,7 +30,8 @@ SHARED = ("--data-size 64 --steps 6 --reflow-steps 4 --pairs 16 --shard 8 --eval
           "--image-size 8 --mult 1 1 --attention 4 --batch 4 --log-every 2 --device cpu").split()     # as in chapter 2
 TINY = [*SHARED, *"--distill-steps 4 --levels 20 --halvings 2 --lpips-weights random".split()]
 CLASSES = 32                                                # labels of the shapes: colour, shape, background
-STUDENTS = ["direct", "rf", "longer", "progressive-2", "progressive-1", "consistency", "ict"]
+STUDENTS = ["direct", "rf", "longer", "progressive-2", "progressive-1", "consistency", "ict", "meanflow",
+            "remeanflow"]
 here, run, finished = fixtures(NAME, TINY, figures=("draw_samples",))
 
 M, S = 0.7, 0.5                                             # data N(M, S^2)
@@ -465,11 +469,186 @@ def test_sampling_wants_a_noise_for_every_time():
         chapter.consistency_sample(exact_student, [torch.zeros(1, 1)], [0.1, 0.5])
 
 
+# ---- meanflow and remeanflow -----------------------------------------------------------------------------------------
+
+
+class Mean(nn.Module):
+    """u* = (end - x) / (r - t), end: where the flow leads from t to r.  Off by offset + slope x, if these are not 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset, self.slope = (nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x, t, labels=None, r=None):
+        t, r = t[:, None], r[:, None]
+        rate = ((r + t) * (1 + S ** 2) - 2) / (spread(r) + spread(t))      # (q_r - q_t) / (r - t), also at r = t
+        return M + rate / spread(t) * (x - t * M) + self.offset + self.slope * x
+
+
+class Plane(nn.Module):
+    """u = a x + b t + c r: along dx/dt = w, with r fixed, it changes by a w + b."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([0.7, -0.4, 0.9], dtype=torch.float64))
+
+    def forward(self, x, t, labels=None, r=None):
+        return self.inputs(x, t, r) @ self.weights
+
+    @staticmethod
+    def inputs(x, t, r):
+        return torch.stack([x, t[:, None].expand_as(x), r[:, None].expand_as(x)], dim=-1)
+
+
+def mean_flow(draw):
+    """The loss_fn of meanflow and remeanflow."""
+    return partial(chapter.mean_flow_loss, ema=None, step=0, lesson=chapter.Lesson(draw))
+
+
+def test_the_mean_velocity_leads_to_where_the_flow_does_and_keeps_the_identity():
+    """And r -> t gives the velocity."""
+    t, r = torch.rand(2, 50, dtype=torch.float64).sort(0).values
+    x, u = torch.randn(50, 1, dtype=torch.float64), Mean()
+    end = r[:, None] * M + (spread(r) / spread(t))[:, None] * (x - t[:, None] * M)
+    v = exact_velocity(x, t)
+    assert (x + (r - t)[:, None] * u(x, t, r=r) - end).abs().max() < 1e-12
+    assert (u(x, t, r=t) - v).abs().max() < 1e-12
+    change = chapter.derivative(partial(u, r=r), x, t, v)
+    assert (v + (r - t)[:, None] * change - u(x, t, r=r)).abs().max() < 1e-12
+
+
+def test_the_mean_flow_loss_and_its_gradient_are_those_by_hand(monkeypatch):
+    """The product is taken along x1 - x0, although theory allows the network's own velocity u(x, t, t) as well.
+
+    On independent pairs both have the same mean given x_t, once u(x, t, t) is the velocity; on pairs whose lines do not
+    cross both are then the same.  Before that, x1 - x0 alone is right.
+    """
+    (x0, x1), model = torch.randn(2, 64, 2, dtype=torch.float64), Plane()
+    t, r = torch.rand(2, 64, dtype=torch.float64).sort(0).values
+    r[::4] = t[::4]                                         # there it is the loss of a flow
+    monkeypatch.setattr(chapter, "two_times", lambda n, device: (t, r))
+    loss = mean_flow(lambda: (x0, x1, None))(model)
+    loss.sum().backward()
+    inputs = model.inputs(chapter.interpolate(x0, x1, t), t, r)
+    a, b, c = weights = model.weights.detach()
+    error = inputs @ weights - (x1 - x0) - (r - t)[:, None] * (a * (x1 - x0) + b)
+    weight = 1 / (error.square().mean(1) + 1e-3)
+    torch.testing.assert_close(loss, weight * error.square().mean(1))
+    torch.testing.assert_close(model.weights.grad, (weight[:, None, None] * error[..., None] * inputs).sum((0, 1)))
+
+
+@pytest.mark.parametrize("t, r", [(0.0, 1.0), (0.3, 0.8), (0.6, 0.6)])
+def test_over_all_lines_through_a_point_the_mean_target_is_the_mean_velocity(monkeypatch, t, r):
+    """Noise and data drawn apart, in twins: what x_t does not tell of a line comes with either sign.
+
+    The loss is not zero at u*; its gradient is, whatever the weights.
+    """
+    known, rest = torch.randn(2, 500, 1, dtype=torch.float64)
+    known, rest = torch.cat([known, known]), torch.cat([rest, -rest])
+    x0 = ((1 - t) * known + t * S * rest) / spread(t)       # a rotation: x_t = t M + q_t known
+    x1 = M + S * (t * S * known - (1 - t) * rest) / spread(t)
+    times = [torch.full((1000,), time, dtype=torch.float64) for time in (t, r)]
+    monkeypatch.setattr(chapter, "two_times", lambda n, device: times)
+
+    def gradient(model):
+        loss = mean_flow(lambda: (x0, x1, None))(model).mean()
+        assert loss > 0.1
+        return torch.stack(torch.autograd.grad(loss, [model.offset, model.slope]))
+    assert gradient(Mean()).abs().max() < 1e-12
+    wrong = Mean()
+    wrong.offset.data += 0.1
+    assert gradient(wrong).abs().max() > 1e-2
+
+
+def test_on_the_flows_own_pairs_the_mean_flow_loss_is_zero():
+    """Their lines do not cross: x1 - x0 is the velocity of the straight flow, and the mean velocity to any r."""
+    class Straight(nn.Module):
+        def forward(self, x, t, labels=None, r=None):
+            return M + (S - 1) * (x - t[:, None] * M) / (1 - t + t * S)[:, None]
+    z0 = torch.randn(1000, 1, dtype=torch.float64)
+    loss = mean_flow(lambda: (z0, exact_map(z0, torch.zeros(1000)), None))
+    assert loss(Straight()).max() < 1e-9 and loss(Mean()).max() > 1e-3             # times are float32
+
+
+def test_two_times_are_the_ends_of_uniform_intervals_and_half_of_these_are_points():
+    torch.manual_seed(0)
+    t, r = chapter.two_times(40000, "cpu")
+    apart = t < r
+    assert (t <= r).all() and apart.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    for power in (1, 2):                                    # of the smaller and the larger of two uniform numbers
+        smaller, larger = 2 / (power + 1) / (power + 2), 2 / (power + 2)
+        assert (t ** power).mean().item() == pytest.approx(smaller, abs=0.01)
+        assert (r[apart] ** power).mean().item() == pytest.approx(larger, abs=0.01)
+
+
+def small_flow(classes, more=0, **settings):
+    """Config and a network for classes (and more labels) whose every weight matters, and x, t, r, labels for it."""
+    config = chapter.Config(image_size=8, channels=8, mult=(1,), attention=(8,), conditional=classes > 0, **settings)
+    flow = shake(chapter.Flow(config, 3, classes + more))
+    t, r = torch.rand(2, 4).sort(0).values
+    return config, flow, torch.randn(4, 3, 8, 8), t, r, torch.arange(4) % classes if classes else None
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_derivative_is_what_differences_tell_and_r_does_not_move(classes):
+    """Exact to float32 under bf16 autocast, and where attention runs by kernels that know no such product."""
+    _, flow, x, t, r, labels = small_flow(classes, chapter.SPANS)
+    u, v, h = partial(chapter.FlowMap(flow), labels=labels, r=r), torch.randn_like(x), 1e-3
+    with torch.no_grad():
+        expected = (u(x + h * v, t + h) - u(x - h * v, t - h)) / (2 * h)
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = chapter.derivative(u, x, t, v)
+    assert found.dtype == torch.float32 and (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_every_weight_of_a_flow_map_learns_under_bf16_and_dropout():
+    """Weights that autocast casts without gradient, and keeps, would get none."""
+    _, flow, x, *_, labels = small_flow(3, chapter.SPANS, dropout=0.5)
+    student = chapter.FlowMap(flow).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mean_flow(lambda: (torch.randn_like(x), x, labels))(student)
+    loss.mean().backward()
+    assert not [name for name, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert (student.model.map_label.weight.grad != 0).any(0).all()      # the labels' columns, and those of r - t
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_widened_flow_is_the_same_wherever_to_and_its_file_is_a_wide_flows(tmp_path, classes):
+    config, flow, x, t, r, labels = small_flow(classes)
+    student = chapter.widen(flow, config)
+    for time in (None, t, r, torch.ones(4)):
+        torch.testing.assert_close(student(x, t, labels, time), flow(x, t, labels), atol=1e-5, rtol=1e-5)
+    shake(student)
+    assert not torch.allclose(student(x, t, labels, r), student(x, t, labels, t))
+    saved = dataclasses.asdict(config) | {"stage": "meanflow"}
+    chapter.save_checkpoint(tmp_path / "net.pt", config=saved, model=student.state_dict())
+    run = SimpleNamespace(config=config, device=torch.device("cpu"))
+    read, (opened, _) = chapter.load_flow(tmp_path / "net.pt", run, 3, classes + 8), open_network(tmp_path / "net.pt")
+    assert isinstance(read, chapter.Flow) and isinstance(opened, chapter.FlowMap)
+    for network in (chapter.FlowMap(read), opened):
+        assert network.classes == classes
+        torch.testing.assert_close(network(x, t, labels, r), student(x, t, labels, r))
+    torch.testing.assert_close(opened(x, t, labels), student(x, t, labels, t + 1))      # without r: a way of length 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_euler_steps_of_a_flow_map_ask_for_the_way_to_the_next_time(steps):
+    config, flow, x, _, _, labels = small_flow(3, chapter.SPANS)
+    student, z = chapter.FlowMap(flow).eval().requires_grad_(False), x
+    for i in range(steps):
+        z = z + student(z, torch.full((4,), i / steps), labels, torch.full((4,), (i + 1) / steps)) / steps
+    velocity = chapter.Velocity(chapter.FlowMap(student, steps), config)
+    torch.testing.assert_close(chapter.sample(velocity, x, torch.arange(4), steps), z)
+
+
 # ---- Budgets and metrics ---------------------------------------------------------------------------------------------
 
 
 def test_every_method_costs_per_step_what_the_budget_counts():
-    """Forward 1, backward 2: a student's pass with gradient is 3, one without is 1, like each of the teacher's."""
+    """Forward 1, backward 2: a student's pass with gradient is 3, one without is 1, like each of the teacher's.
+
+    One that carries a derivative along does everything twice: 2.
+    """
     calls = []
 
     class Counting(nn.Module):
@@ -477,8 +656,9 @@ def test_every_method_costs_per_step_what_the_budget_counts():
             super().__init__()
             self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-        def forward(self, x, t, labels=None):
-            calls.append(3 if torch.is_grad_enabled() else 1)
+        def forward(self, x, t, labels=None, r=None):
+            derivative = unpack_dual(x).tangent is not None
+            calls.append(3 if torch.is_grad_enabled() else 1 + derivative)
             return self.weight * x
 
     def teacher(x, t, labels=None):
@@ -488,6 +668,7 @@ def test_every_method_costs_per_step_what_the_budget_counts():
     pairs = distillation(draw_gaussian, 2)
     losses = {"direct": pairs, "rf": pairs, "longer": pairs, "progressive": progressive(draw_gaussian, teacher, 2, 4),
               "consistency": consistency(draw_gaussian, 2, times, teacher), "ict": ict(draw_gaussian, 2)}
+    losses["meanflow"] = losses["remeanflow"] = partial(chapter.mean_flow_loss, lesson=lesson(draw_gaussian, 2))
     assert set(losses) == set(chapter.COST)
     for name, loss_fn in losses.items():
         calls.clear()
@@ -500,8 +681,8 @@ def test_the_budget_is_the_same_for_all_methods(solver, per_pair):
     config = chapter.Config(pairs=1000, pair_steps=8, pair_solver=solver, reflow_steps=700, distill_steps=500, batch=32)
     total, reflow = 1000 * per_pair + 3 * 32 * 500, 1000 * per_pair + 3 * 32 * 700
     assert chapter.spent("rf", config) == (total, reflow) and chapter.spent("direct", config) == (total, 0)
-    for name in ("progressive", "consistency", "ict"):
-        assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), 0)
+    for name in ("progressive", "consistency", "ict", "meanflow", "remeanflow"):
+        assert chapter.spent(name, config) == (pytest.approx(total, rel=0.01), reflow * (name == "remeanflow"))
     assert chapter.spent("2-RF", config) == (0, reflow) and chapter.spent("1-RF", config) == (0, 0)
 
 
@@ -522,7 +703,7 @@ def test_batches_of_two_sets_come_whole_from_either():
         asked.append((i, n))
         return torch.full((n,), i)
     torch.manual_seed(0)
-    batches = [chapter.draw_either(partial(draw, 0), partial(draw, 1), 5) for _ in range(400)]
+    batches = [chapter.draw_either(partial(draw, 0, 5), partial(draw, 1, 5)) for _ in range(400)]
     found = [batch.unique().tolist() for batch in batches]
     assert asked == [(i, 5) for i, in found] and {len(batch) for batch in batches} == {5}
     assert abs(sum(i for i, in found) - 200) < 50           # 5 standard deviations
@@ -589,15 +770,23 @@ def test_what_each_student_of_pairs_starts_from_and_learns(monkeypatch, weights,
         students[name] = start, *lesson.draw(), lesson.squares
     monkeypatch.setattr(chapter, "stored_pairs", lambda name, flow, stream, run: lambda n: (flow, stream, n))
     monkeypatch.setattr(chapter, "train_student", student)
+    monkeypatch.setattr(chapter, "Velocity", lambda flow, config: SimpleNamespace(flow=flow))
+    monkeypatch.setattr(chapter, "widen", lambda flow, config: flow)
+    monkeypatch.setattr(chapter, "FlowMap", lambda student, steps: steps)
     config = chapter.Config(distill_steps=100, reflow_steps=300, lpips_share=0.5, lpips_weights=weights)
-    lesson = chapter.Lesson(None, SimpleNamespace(flow=curved))
+    run = SimpleNamespace(config=config, share=3)
+    lesson = chapter.Lesson(lambda: ("apart",), SimpleNamespace(flow=curved))
+    reflow = chapter.straighten(lesson, straight, run)
     seen = set()
     for _ in range(20):                                     # `longer` draws from either set: 1 in 2^20 misses one
-        chapter.distil_pairs(lesson, straight, SimpleNamespace(config=config, share=3))
+        chapter.distil_pairs(lesson, reflow, run)
         seen.add(students["longer"])
     assert students["direct"] == (curved, curved, 2, 3, 100 - 100 * share)
     assert students["rf"] == (straight, straight, 3, 3, 100 - 100 * share)
     assert seen == {(curved, curved, stream, 3, 400 - 400 * share) for stream in (2, 8)}
+    for name, teaching in (("meanflow", lesson), ("remeanflow", reflow)):
+        assert chapter.average(teaching, name, run) == {name: {1: 1, 2: 2}}
+    assert students["meanflow"] == (curved, "apart", 0) and students["remeanflow"] == (straight, curved, 2, 3, 0)
 
 
 def test_students_learn_from_lpips():
@@ -622,7 +811,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert names == {"run.json", "pairs", "results.json", "methods.png"} | stages
     results = json.loads((finished.folder / "results.json").read_text())["methods"]
     assert list(results) == ["real data", "1-RF", "2-RF", "direct", "rf", "longer", "progressive", "consistency",
-                             "ict"]
+                             "ict", "meanflow", "remeanflow"]
     for name, row in results.items():
         assert f"\n{name:>16}" in finished.out
         assert all(math.isfinite(row[key]) for key in ("precision", "recall", "density", "coverage"))
@@ -689,7 +878,7 @@ def test_accuracy_is_the_share_of_pictures_that_show_their_label(here, monkeypat
     ends[1::2] = ends[1::2].roll(1, 0)
 
     class Fixed(nn.Module):
-        model = SimpleNamespace(shape=(3, 16, 16), classes=CLASSES)
+        model, classes = SimpleNamespace(shape=(3, 16, 16)), CLASSES
 
         def __init__(self):
             super().__init__()
@@ -732,12 +921,13 @@ def test_a_finished_run_is_only_measured_again(finished, here, run):
     assert code == 0 and log_rows(folder) == before and "samples/s" not in out, err
 
 
-@pytest.mark.parametrize("method", ["rf", "progressive", "consistency", "ict"])
+@pytest.mark.parametrize("method", ["rf", "progressive", "consistency", "ict", "meanflow", "remeanflow"])
 def test_each_method_alone_gives_the_same_network_as_all_together(finished, here, run, method):
     code, _, err = run(*TINY, "--method", method, "--teacher", finished.folder / "1-rf.pt")
     assert code == 0, err
     made = {path.stem for path in (here / "runs" / NAME / "quick").glob("*.pt")}
-    more = {"rf": {"2-rf", "direct", "rf", "longer"}, "progressive": {"progressive-1", "progressive-2"}}
+    more = {"rf": {"2-rf", "direct", "rf", "longer"}, "progressive": {"progressive-1", "progressive-2"},
+            "remeanflow": {"2-rf", "remeanflow"}}
     wanted = more.get(method, {method})
     assert made == wanted
     assert same_weights(finished.folder, here / "runs" / NAME / "quick", *sorted(wanted))
@@ -835,7 +1025,8 @@ def test_chapter_2s_defaults_are_those_of_this_chapter(here):
     assert chapter.chapter_2(run, "1-rf") and chapter.chapter_2(run, "2-rf", steps=config.reflow_steps)
 
 
-@pytest.mark.parametrize("stage, step", [("direct", 2), ("progressive-1", 2), ("consistency", 4), ("ict", 4)])
+@pytest.mark.parametrize("stage, step", [("direct", 2), ("progressive-1", 2), ("consistency", 4), ("ict", 4),
+                                         ("meanflow", 4)])
 def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(finished, here, run, stage, step):
     order = ["1-rf", "2-rf", *STUDENTS]
     later = [f"{name}.{kind}" for name in order[order.index(stage):] for kind in ("pt", "csv")]
@@ -915,7 +1106,7 @@ def pictures(folder):
     return [Image.open(path).tobytes() for path in sorted(folder.glob("0*.png"))]
 
 
-@pytest.mark.parametrize("name", ["1-rf", "rf", "progressive-1", "consistency", "ict"])
+@pytest.mark.parametrize("name", ["1-rf", "rf", "progressive-1", "consistency", "ict", "meanflow", "remeanflow"])
 def test_pictures_are_those_of_the_network_in_the_file(finished, here, run, name):
     code, out, err = run("--checkpoint", finished.folder / f"{name}.pt", "--samples", 5, "--out", "drawn", "--shard", 2,
                          "--device", "cpu")
@@ -928,7 +1119,8 @@ def test_pictures_are_those_of_the_network_in_the_file(finished, here, run, name
     index = torch.arange(5)
     z0 = chapter.pair_noise(chapter.seed_for(0, 999), index, (3, 8, 8))
     t = torch.full((5,), start)
-    expected = chapter.jump(partial(flow, labels=index % CLASSES), (1 - start) * z0, t)
+    where_to = {"r": torch.ones(5)} if name in chapter.MAPS else {}
+    expected = chapter.jump(partial(flow, labels=index % CLASSES, **where_to), (1 - start) * z0, t)
     expected = chapter.to_bytes(expected).permute(0, 2, 3, 1).numpy()
     assert pictures(here / "drawn") == [row.tobytes() for row in expected]
 
@@ -949,12 +1141,13 @@ def test_networks_of_chapters_2_and_3_can_be_drawn_from(here, run, script, class
     assert torch.allclose(program(z0, *labels), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["rf", "ict"])
+@pytest.mark.parametrize("stage", ["rf", "ict", "meanflow"])
 @pytest.mark.parametrize("classes", [0, 3])
 def test_the_exported_generator_moves_to_any_device(tmp_path, stage, classes):
     """No device is written into the program: every tensor follows the weights and the noise."""
     config = chapter.Config(image_size=8, channels=4, mult=(1, 1), attention=(4,))
-    generator = chapter.Generator(chapter.Flow(config, 3, classes).eval(), stage)
+    flow = chapter.Flow(config, 3, classes)
+    generator = chapter.Generator(chapter.widen(flow, config) if stage == "meanflow" else flow, stage).eval()
     chapter.export_generator(generator, tmp_path / "net.pt2")
     for device in ["meta"] + ["cuda"] * torch.cuda.is_available():
         program = torch.export.load(tmp_path / "net.pt2").module().to(device)
@@ -970,7 +1163,7 @@ assert not any("distill" in name for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("name", ["rf", "ict"])
+@pytest.mark.parametrize("name", ["rf", "ict", "meanflow"])
 def test_the_exported_generator_draws_the_same_without_the_repository(finished, here, run, name):
     code, out, err = run("--checkpoint", finished.folder / f"{name}.pt", "--export", "rf.pt2", "--device", "cpu")
     assert code == 0 and "torch.export.load" in out, err

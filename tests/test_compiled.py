@@ -72,26 +72,27 @@ def small_flow(chapter):
 
 
 def image_losses(name, chapter):
-    """Config, network, and name -> loss_fn of a chapter: what its networks learn by."""
+    """A list of config, network, and name -> loss_fn of a chapter: what its networks learn by."""
     config, flow, pair = small_flow(chapter)
     if name == "02_reflow":
-        return config, flow, {"every round": partial(chapter.pair_loss, draw=lambda n: pair(), n=3)}
+        return [(config, flow, {"every round": partial(chapter.pair_loss, draw=lambda n: pair(), n=3)})]
     perceptual = chapter.Perceptual("vgg", 32, "random")    # as in the large presets; bf16 disturbs a random squeeze
     if name == "03_improved_training":
-        return config, flow, {row: partial(chapter.pair_loss, draw=pair, recipe=(
+        return [(config, flow, {row: partial(chapter.pair_loss, draw=pair, recipe=(
             times, partial(distance, perceptual=perceptual))) for row, (times, distance) in chapter.LADDER.items()
-            if row in "ADEF"}
+            if row in "ADEF"})]
     lesson = chapter.Lesson(pair, torch.no_grad()(copy.deepcopy(flow).forward), perceptual)
-    return config, flow, {
+    flow_map = shake(chapter.place(chapter.widen(flow, config), torch.device("cpu")))
+    return [(config, flow, {
         "rf": partial(chapter.distillation_loss, lesson=lesson, jumps=2),
         "progressive": partial(chapter.progressive_loss, lesson=lesson, steps=2),
         "consistency": partial(chapter.consistency_distillation_loss, lesson=lesson, times=torch.linspace(1, 0, 9)),
         "ict": partial(chapter.consistency_training_loss, lesson=lesson, levels=lambda step: 10),
-    }
+    }), (config, flow_map, {"meanflow": partial(chapter.mean_flow_loss, lesson=lesson)})]
 
 
 def latent_losses(chapter):
-    """Chapter 5's networks with their losses: a list of what image_losses returns."""
+    """The same for chapter 5's networks."""
     config = replace(chapter.Config(), channels=(8,), attention=(1,), heads=2, vae_channels=(4,), compile=True)
     configs = chapter.tiny_configs(config, {"<|startoftext|>": 0, "<|endoftext|>": 1})
     torch.manual_seed(0)
@@ -121,7 +122,7 @@ def test_gradients_are_those_of_plain_float32(name, compiler):
     Parameter by parameter bf16 says little at these sizes: where gradients nearly cancel, rounding is all that is left.
     """
     chapter = forced(name)
-    cases = latent_losses(chapter) if name[:2] == "05" else [image_losses(name, chapter)]
+    cases = latent_losses(chapter) if name[:2] == "05" else image_losses(name, chapter)
     for config, plain, losses in cases:
         model = copy.deepcopy(plain).train()
         network, autocast, _ = chapter.accelerate(model, config)
@@ -196,7 +197,7 @@ def test_nothing_is_compiled_twice(name, tmp_path, monkeypatch, compiler):
 
 # ---- Two processes ---------------------------------------------------------------------------------------------------
 
-NETWORKS = "02_reflow", "05_text_to_image"                  # 03 and 04 train that of 02
+NETWORKS = "02_reflow", "04_distill", "05_text_to_image"    # 03 trains that of 02; of 04, flow maps
 WORKER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -211,9 +212,9 @@ result = {}
 for name in here.NETWORKS:
     chapter = here.forced(name, autocast=False)
     chapter.make_optimizer = lambda model, config: torch.optim.SGD(model.parameters())  # Adam's first steps are signs
-    cases = here.latent_losses(chapter)[2:] if name[:2] == "05" else [here.image_losses(name, chapter)]
+    cases = here.latent_losses(chapter)[2:] if name[:2] == "05" else here.image_losses(name, chapter)[-1:]
     for config, model, losses in cases:
-        what = {"02": "every round", "05": "reflow"}[name[:2]]
+        what = {"02": "every round", "04": "meanflow", "05": "reflow"}[name[:2]]
         loss, parts = losses[what], []
         config = replace(config, steps=2, warmup=0, lr=1.0, lr_decay="constant", accumulate=slices, device="cpu")
         rank, processes = (run := chapter.Run(replace(config, batch=12), name)).rank, run.world

@@ -128,6 +128,8 @@ def test_labels_arrive_one_hot():
     net.map_label.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     out = net(x, s, labels)
     torch.testing.assert_close(seen.pop(), nn.functional.one_hot(labels, 5) * 5**0.5)
+    assert torch.equal(out, net(x, s, nn.functional.one_hot(labels, 5).float()))        # rows of numbers are taken as well
+    seen.pop()
     assert (out - net(x, s, (labels + 1) % 5)).abs().max() > 1e-4
     net(x, s, torch.full((2,), -1))
     assert not seen[-1].any()
