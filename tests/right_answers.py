@@ -292,6 +292,52 @@ def karras_times(n, low=0.002, high=80.0, rho=7):
     a, b = low ** (1 / rho), high ** (1 / rho)
     return torch.tensor([1 / (1 + (a + i / (n - 1) * (b - a)) ** rho) for i in range(n)], dtype=torch.float64)
 """),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):
+    inputs, tangents = (ch4.interpolate(x0, x1, t), t), (x1 - x0, torch.ones_like(t))
+    _, change = torch.func.jvp(lambda x, t: u(x, t, r), inputs, tangents)
+    return (x1 - x0 + (r - t).reshape(-1, *[1] * (x0.dim() - 1)) * change).detach()
+"""),
+    ("hw4", "mean", """
+@torch.no_grad()
+def mean_flow_target(u, x0, x1, t, r):
+    v = x1 - x0
+    inputs, tangents = (ch4.interpolate(x0, x1, t), t, r), (v, torch.ones_like(t), torch.zeros_like(r))
+    change = torch.autograd.functional.jvp(u, inputs, tangents)[1]
+    return v + torch.einsum("b,b...->b...", r - t, change)
+"""),
+    ("hw4", "mean", """
+import torch.autograd.forward_ad as forward
+
+@torch.no_grad()
+def mean_flow_target(u, x0, x1, t, r):
+    with forward.dual_level():
+        x = forward.make_dual(ch4.interpolate(x0, x1, t), x1 - x0)
+        change = forward.unpack_dual(u(x, forward.make_dual(t, torch.ones(len(t))), r)).tangent
+    return torch.stack([b - a + s * c for a, b, s, c in zip(x0, x1, r - t, change)])
+"""),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):                      # the line as a function of one number, a sample at a time
+    def along(s, a, b, t, r):
+        return u((a + (t + s) * (b - a))[None], (t + s)[None], r[None])[0]
+    slope = torch.func.vmap(torch.func.jacfwd(along))(torch.zeros_like(t), x0, x1, t, r)
+    return torch.stack([b - a + (end - start) * d for a, b, start, end, d in zip(x0, x1, t, r, slope.detach())])
+"""),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):                      # a central difference: to three digits
+    h, v = 0.01, (x1 - x0).detach()
+    with torch.no_grad():
+        before, after = (u(ch4.interpolate(x0, x1, s), s, r) for s in (t - h, t + h))
+    return v + (after - before) / (2 * h) * (r - t).view(-1, *[1] * (v.dim() - 1))
+"""),
+    ("hw4", "mean", """
+@torch.inference_mode()
+def mean_flow_target(u, x0, x1, t, r):                      # the way itself, (r - t) u, changes by (r - t) du/dt - u
+    def way(x, t):
+        return (r - t).reshape(-1, *[1] * (x.dim() - 1)) * u(x, t, r)
+    xt = ch4.interpolate(x0, x1, t)
+    return x1 - x0 + u(xt, t, r) + torch.func.jvp(way, (xt, t), (x1 - x0, torch.ones_like(t)))[1]
+"""),
     ("hw5", "guided", """
 def guided(velocity, x, t, text, null, scale):
     both = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null]))

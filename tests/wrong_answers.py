@@ -12,6 +12,13 @@ def reflow(teacher, noise, config):
         pass
     return ema.model
 """
+MEAN_FLOW = """
+def mean_flow_target(u, x0, x1, t, r):
+    xt, v = ch4.interpolate(x0, x1, t), x1 - x0
+    with torch.no_grad():
+        change = torch.func.jvp(u, (xt, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))[1]
+    return v + (r - t).reshape(-1, *[1] * (v.dim() - 1)) * change
+"""
 STRAIGHTEN = """
 def straighten(flow_map, texts, network, config):
     x0, text = torch.randn(4096, 1, 4, 4), texts[torch.randint(3, (4096,))]
@@ -417,6 +424,48 @@ def karras_times(n, low=0.002, high=80.0, rho=7):
     root = torch.linspace(low ** (1 / rho), high ** (1 / rho), n)
     return 1 / (1 + root ** rho)
 """, "computed in float32"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("r - t", "t - r")), "the sign"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("(r - t).reshape(-1, *[1] * (v.dim() - 1)) * ", "")),
+     "not multiplied by r - t"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("r - t", "1 - t")), "the weight is 1 - t"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("ones_like(t)", "zeros_like(t)")), "the derivative by t is missing"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("(v, torch.ones", "(0 * v, torch.ones")), "the derivative by x is missing"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("zeros_like(r)", "ones_like(r)")), "r moves too"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("(v, torch.ones", "(u(xt, t, r), torch.ones")), "taken along u: x moves"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("(v, torch.ones", "(u(xt, t, t), torch.ones")), "theory allows it"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("ch4.interpolate(x0, x1, t)", "x0")), "taken at x0"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("ch4.interpolate(x0, x1, t)", "x1")), "taken at x1"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("with torch.no_grad()", "if True")), "a gradient flows into the target"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("return v +", "return")), "x1 - x0 is missing"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("return v +", "return u(xt, t, r).detach() +")), "stands in place of u"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, (", x1 - x0", ", x0 - x1")), "turned round"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("[1]\n", "[0]\n")), "the second is wanted"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, ("(xt, t, r), (v, torch.ones_like(t), torch.zeros_like(r))",
+                                       "(xt, r, t), (v, torch.zeros_like(r), torch.ones_like(t))")),
+     "the times are exchanged"),
+    ("hw4", "mean", spoilt(MEAN_FLOW, (".reshape(-1, *[1] * (v.dim() - 1))", "")), "must get trailing axes"),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):
+    v, wide = x1 - x0, [-1, *[1] * (x0.dim() - 1)]
+    xt, time = ch4.interpolate(x0, x1, t).requires_grad_(), t.clone().requires_grad_()
+    by_x, by_t = torch.autograd.grad(u(xt, time, r).sum(), (xt, time))
+    return v + (r - t).reshape(wide) * (by_x * v + by_t.reshape(wide))
+""", "adds up all outputs"),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):
+    v, wide = x1 - x0, [-1, *[1] * (x0.dim() - 1)]
+    xt = ch4.interpolate(x0, x1, t)
+    by_x = torch.autograd.functional.vjp(lambda x: u(x, t, r), xt, torch.ones_like(xt))[1]
+    by_t = torch.func.jvp(lambda t: u(xt, t, r), (t,), (torch.ones_like(t),))[1].detach()
+    return v + (r - t).reshape(wide) * (by_x * v + by_t)
+""", "with all those of x"),
+    ("hw4", "mean", """
+def mean_flow_target(u, x0, x1, t, r):
+    v, h = x1 - x0, 0.01
+    with torch.no_grad():
+        change = (u(ch4.interpolate(x0, x1, t + h), t + h, r) - u(ch4.interpolate(x0, x1, t), t, r)) / h
+    return v + (r - t).reshape(-1, *[1] * (v.dim() - 1)) * change
+""", "du/dt is (48, 12)"),
     ("hw5", "guided", """
 def guided(velocity, x, t, text, null, scale):
     v = velocity(x, t, text)
