@@ -612,6 +612,17 @@ def test_every_weight_of_a_flow_map_learns_under_bf16_and_dropout():
     assert (student.model.map_label.weight.grad != 0).any(0).all()      # the labels' columns, and those of r - t
 
 
+def test_the_product_goes_round_the_compiled_graph_and_the_replica():
+    """torch.compile and DistributedDataParallel know no such products; the pass with gradient is by way of both."""
+    _, flow, x, *_, labels = small_flow(3, chapter.SPANS)
+    replica, student, calls = nn.Module(), chapter.FlowMap(flow), []
+    replica.module = student
+    replica.forward = lambda *inputs: calls.append("replica") or student(*inputs)
+    student._compiled_call_impl = lambda *inputs: calls.append("graph") or student.forward(*inputs)
+    mean_flow(lambda: (torch.randn_like(x), x, labels))(replica)
+    assert calls == ["replica", "graph"]
+
+
 @pytest.mark.parametrize("classes", [0, 3])
 def test_a_widened_flow_is_the_same_wherever_to_and_its_file_is_a_wide_flows(tmp_path, classes):
     config, flow, x, t, r, labels = small_flow(classes)
@@ -931,6 +942,18 @@ def test_each_method_alone_gives_the_same_network_as_all_together(finished, here
     wanted = more.get(method, {method})
     assert made == wanted
     assert same_weights(finished.folder, here / "runs" / NAME / "quick", *sorted(wanted))
+
+
+def test_remeanflow_alone_learns_from_reflow(finished, run, monkeypatch):
+    """The loss of both is one: the lesson makes the difference."""
+    straight, lessons = chapter.Lesson(None, SimpleNamespace(flow=None)), {}
+    monkeypatch.setattr(chapter, "straighten", lambda lesson, reflowed, run: straight)
+    monkeypatch.setattr(chapter, "average", lambda lesson, name, run: lessons.update({name: lesson}) or {})
+    monkeypatch.setattr(chapter, "report", lambda *arguments: None)
+    for method in ("meanflow", "remeanflow"):
+        code, _, err = run(*TINY, "--method", method, "--out", method, "--teacher", finished.folder / "1-rf.pt")
+        assert code == 0, err
+    assert [lesson is straight for lesson in lessons.values()] == [False, True]
 
 
 def test_a_given_reflow_is_used(finished, here, run):
