@@ -7,8 +7,8 @@ They differ in the target:
     progressive  a step learns where two steps of the teacher end; steps halve until one is left, which is f   [SH22]
     consistency  f(x_t, t) learns f(x_r, r), x_r a small step of the teacher's ODE further on                  [Song+23]
     ict          the same, but x_r is further on by the straight line to the picture: no teacher               [SD24]
-    meanflow     v(x, t, r), told where to, learns the mean velocity on the way to x_r, for all r > t          [Geng+25]
-    remeanflow   the same, but on the pairs of 1-RF, where hardly two lines cross                              [Zha+25]
+    meanflow     u(x_t, t, r) learns the mean velocity from t to r, for all r > t; in f, u(x, t, 1) is v       [Geng+25]
+    remeanflow   the same on 1-RF's pairs, whose lines hardly cross                                            [Zha+25]
 rf starts from 2-RF and its pairs, remeanflow from 2-RF and the pairs it had, all others from 1-RF.  `direct` is rf
 without reflow: the same distillation, of 1-RF.
 Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted).
@@ -237,9 +237,9 @@ class Config:
     blocks: Count = 1                                       # residual blocks of a level
     attention: Annotated[tuple, 1, 1024] = (4,)             # resolutions with self-attention
     dropout: Annotated[float, 0, 0.9] = 0.0                 # dropout of 1-RF and 2-RF
-    student_dropout: Annotated[float, 0, 0.9] = 0.0         # dropout of the four methods ([SD24]: 0.3 for ict)
+    student_dropout: Annotated[float, 0, 0.9] = 0.0         # dropout of the students ([SD24]: 0.3 for ict)
     lr: Amount = 6e-3                                       # peak learning rate of 1-RF and 2-RF
-    student_lr: Amount = 3e-3                               # peak learning rate of the four methods
+    student_lr: Amount = 3e-3                               # peak learning rate of the students
     lr_decay: Literal["cosine", "constant"] = "cosine"      # learning rate after the warm-up: down to 0, or as it is
     warmup: Whole = 50                                      # steps of linear warm-up
     grad_clip: Amount = 1.0                                 # largest gradient norm; keeps short runs steady
@@ -258,7 +258,7 @@ class Config:
     may_change: ClassVar = {"method", "data_dir", "download", "log_every", "device", "compile", "out", "fresh"}
     presets: ClassVar = {
         "quick": {},
-        "gpu": dict(                                        # one GPU, about half an hour after chapter 2's teacher
+        "gpu": dict(                                        # one GPU, about 40 minutes after chapter 2's teacher
             data="cifar10", image_size=32, conditional=False, channels=128, mult=(2, 2, 2), blocks=2, attention=(16,),
             dropout=0.1, batch=256, steps=12000, reflow_steps=2500, distill_steps=2000, lr=4e-4, student_lr=2e-4,
             warmup=200, ema_decay=0.999, pairs=50000, pair_steps=18, halvings=7, grid=18, levels=160, longer=False,
@@ -474,15 +474,15 @@ def train_student(name, start, loss, stream, run):
     return run.fit(name, model, loss, stream, steps=training_steps(run.config)[name], lr=run.config.student_lr)
 
 
-MAPS = ("meanflow", "remeanflow")                           # these networks are told where to
-SPANS = 8                                                   # by so many numbers, which the network takes for labels
+MAPS = ("meanflow", "remeanflow")                           # stages whose network knows r as well
+SPANS = 8                                                   # from so many numbers, which it takes for labels
 
 
 class FlowMap(nn.Module):
     """The mean velocity u(x, t, r) from t to r, by the network of a Flow with SPANS more labels: cosines of r - t.
 
     forward: x (B, C, H, W), t (B,), labels (B,) or None, r (B,) -> (B, C, H, W).  Without r the way is 1/steps long: so
-    it can stand wherever a velocity does, and Euler's steps of that length are as good as the network.
+    it stands where a velocity does, and Euler's steps of that length make no error of their own.
     """
 
     def __init__(self, flow, steps=1):
@@ -501,7 +501,7 @@ class FlowMap(nn.Module):
 
 
 def widen(flow, config):
-    """A flow map that is the velocity of a flow, wherever to: the cosines have no weight yet."""
+    """A flow map that is the velocity of a flow, for any r: the cosines have no weight yet."""
     wide = Flow(config, 3, flow.classes + SPANS)
     label = torch.zeros_like(wide.model.map_label.weight)
     if flow.classes:                                        # the network takes labels times sqrt(classes)
