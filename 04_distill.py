@@ -175,15 +175,15 @@ def mean_flow_loss(model, ema, step, lesson):
     (r - t) u is the integral of v from t to r.  Its derivative by t, with r fixed, is the identity
         u = v + (r - t) du/dt,   du/dt = v grad_x u + d_t u;   for r = t it is the loss of a flow.
     On average over x0, x1 given x_t, v is the velocity.  Each sample's loss is divided by itself, without gradient, and
-    a little more, so that no wild target rules the batch.
+    a little more, so that no wild target rules the batch.  So its value, just below 1, tells nothing of progress.
     """
     x0, x1, labels = lesson.draw()
     t, r = two_times(len(x0), x0.device)
     xt = interpolate(x0, x1, t)
-    u = model(xt, t, labels, r)                             # first: see both_ends
+    v = x1 - x0
     bare = getattr(model, "module", model).forward          # around torch.compile and DDP: no jvp through those
-    change = derivative(partial(bare, labels=labels, r=r), xt, t, x1 - x0)
-    error = squared(u, x1 - x0 + per_sample(r - t, xt) * change)
+    target = v + per_sample(r - t, xt) * derivative(partial(bare, labels=labels, r=r), xt, t, v)
+    error = squared(model(xt, t, labels, r), target)
     return error / (error.detach() + 1e-3)
 
 
