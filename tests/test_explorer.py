@@ -199,7 +199,7 @@ def test_the_committed_slice_is_the_template_with_a_default_run():
     numbers = re.search(r'id="run">(.*?)</script>', page, re.S)[1]
     assert page.replace(numbers, explorer.PLACE) == template, "build it again: see notebooks/explorer.py"
     assert len(page.encode()) <= 1_500_000 and not re.search(r"https?://|@import|url\(", page)
-    assert len(json.loads(numbers)["names"]) == 10 and sprite(SLICE).shape == (10, 17, 17, 16, 16, 3)
+    assert len(json.loads(numbers)["names"]) == 12 and sprite(SLICE).shape == (12, 17, 17, 16, 16, 3)
 
 
 # ---- In a browser ----------------------------------------------------------------------------------------------------
