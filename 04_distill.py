@@ -7,10 +7,10 @@ They differ in the target:
     progressive  a step learns where two steps of the teacher end; steps halve until one is left, which is f   [SH22]
     consistency  f(x_t, t) learns f(x_r, r), x_r a small step of the teacher's ODE further on                  [Song+23]
     ict          the same, but x_r is further on by the straight line to the picture: no teacher               [SD24]
-    meanflow     u(x_t, t, r) learns the mean velocity from t to r, for all r > t; in f, u(x, t, 1) is v       [Geng+25]
+    meanflow     u(x_t, t, r) learns the mean velocity from t to r, for all r >= t; v in f is then u(x, t, 1)  [Geng+25]
     remeanflow   the same on 1-RF's pairs, whose lines hardly cross                                            [Zha+25]
-rf starts from 2-RF and its pairs, remeanflow from 2-RF and the pairs it had, all others from 1-RF.  `direct` is rf
-without reflow: the same distillation, of 1-RF.
+rf starts from 2-RF and learns 2-RF's pairs, remeanflow from 2-RF and learns 1-RF's, all others start from 1-RF.
+`direct` is rf without reflow: the same distillation, of 1-RF.
 Every method may spend the same number of network evaluations (forward 1, backward 2, pairs and teachers counted).
 Reflow had cost some before; `longer` is direct given these as well.
 
@@ -170,12 +170,13 @@ def both_ends(student, noisy, clean):
 
 
 def mean_flow_loss(model, ema, step, lesson):
-    """meanflow: huber(u(x_t, t, r), sg[x1 - x0 + (r - t) du/dt]), u the mean velocity from t to r [Geng+25].
+    """meanflow: huber(u(x_t, t, r), sg[v + (r - t) du/dt]), v = x1 - x0, u the mean velocity from t to r [Geng+25].
 
-    (r - t) u is the integral of v from t to r.  Its derivative by t, with r fixed, is the identity [eq. 6]
-        u = v + (r - t) du/dt,   du/dt = v grad_x u + d_t u;   for r = t it is a flow's loss.
-    In place of v stands x1 - x0, whose mean given x_t it is.  Huber, as in ict, because some targets are wild: it is
-    the paper's weight of the square with p = 1/2 (they prefer p = 1).
+    (r - t) u(x_t, t, r) is the integral of the velocity from t to r.  Differentiated by t, at fixed r, this gives
+        u = v + (r - t) du/dt,   du/dt = v grad_x u + d_t u                                        [eq. 6]
+    at r = t the target is v alone, a flow's.  The target is linear in v: so x1 - x0, whose mean given x_t is the
+    velocity, may stand for it.  sg: no gradient.  Huber, as in ict, because some targets are wild; it is the paper's
+    weight of the square with p = 1/2 (they prefer 1).
     """
     x0, x1, labels = lesson.draw()
     t, r = two_times(len(x0), x0.device)
@@ -189,7 +190,7 @@ def mean_flow_loss(model, ema, step, lesson):
 def derivative(u, x, t, v):
     """du/dt = v grad_x u + d_t u along dx/dt = v, without gradient: a Jacobian-vector product, in one pass forward.
 
-    In float32, as a derivative is a small difference; and by the only kernel for attention that knows such products.
+    Without autocast: bf16 would round too much away.  MATH: the only attention kernel with forward derivatives.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
@@ -217,7 +218,7 @@ class Config:
     distill_steps: Count = 100                              # training steps of rf and direct; others cost as much
     batch: Count = 32                                       # images in a step, over all processes
     accumulate: Count = 1                                   # slices of a batch, one after the other, if memory is short
-    pairs: Count = 4096                                     # pairs made by 1-RF (for 2-RF and direct), and by 2-RF (rf)
+    pairs: Count = 4096                                     # pairs made by 1-RF, and by 2-RF for rf
     pair_solver: Literal["euler", "heun"] = "heun"          # ODE solver that makes pairs
     pair_steps: Count = 8                                   # its steps (heun: two evaluations each)
     longer: bool = True                                     # the control: direct at the cost of reflow and rf together
@@ -313,7 +314,8 @@ def main(config):
         networks["2-RF"] = dict.fromkeys((1, 2), straight.teacher.flow)
     methods = {"rf": partial(distil_pairs, lesson, straight), "progressive": partial(halve_steps, lesson),
                "consistency": partial(follow_teacher, lesson), "ict": partial(follow_lines, lesson),
-               "meanflow": partial(average, lesson, "meanflow"), "remeanflow": partial(average, straight, "remeanflow")}
+               "meanflow": partial(learn_means, lesson, "meanflow"),
+               "remeanflow": partial(learn_means, straight, "remeanflow")}
     for name, method in methods.items():
         if config.method in ("all", name):
             networks |= method(run)
@@ -322,7 +324,7 @@ def main(config):
 
 
 def straighten(lesson, reflowed, run):
-    """Reflow: a lesson on 1-RF's pairs, whose teacher is 2-RF, trained here if it is not given."""
+    """Reflow.  Returns a Lesson: 1-RF's pairs, and as teacher 2-RF, which is trained here unless it is given."""
     flow = lesson.teacher.flow
     pairs = stored_pairs("2-rf", flow, 2, run)              # named after the stage that learns from them
     if reflowed is None:
@@ -387,12 +389,11 @@ def follow_lines(lesson, run):
     return {"ict": {1: student, 2: student}}
 
 
-def average(lesson, name, run):
-    """meanflow, from 1-RF on noise and data drawn apart; remeanflow, from 2-RF on 1-RF's pairs."""
+def learn_means(lesson, name, run):
+    """meanflow: from 1-RF, noise and data drawn apart.  remeanflow: from 2-RF, on 1-RF's pairs."""
     warnings.filterwarnings("ignore", module="torch.jit")   # jvp imports what warns of its own age
     start = widen(lesson.teacher.flow, run.config)
-    loss = partial(mean_flow_loss, lesson=Lesson(lesson.draw))
-    student = train_student(name, start, loss, {"meanflow": 20, "remeanflow": 21}[name], run)
+    student = train_student(name, start, partial(mean_flow_loss, lesson=lesson), 20 + MAPS.index(name), run)
     return {name: {n: FlowMap(student, n) for n in (1, 2)}}
 
 
@@ -433,7 +434,7 @@ def report(networks, images, features, label, run):
 # ---- Training: equal budgets, noise levels, distances ----------------------------------------------------------------
 
 # Evaluations of one image in a training step: forward 1, backward 2, derivative 2, a teacher's 1 (Heun: 2), target 1.
-# A new method also needs: a loss, a function like follow_lines in main's methods, its name in Config (and JUMPERS).
+# A new method also needs: a loss, a function like follow_lines in main, a stream of its own, its name in Config.method.
 COST = {"direct": 3, "rf": 3, "longer": 3, "progressive": 5, "consistency": 6, "ict": 4, "meanflow": 5, "remeanflow": 5}
 
 
@@ -474,20 +475,20 @@ def train_student(name, start, loss, stream, run):
     return run.fit(name, model, loss, stream, steps=training_steps(run.config)[name], lr=run.config.student_lr)
 
 
-MAPS = ("meanflow", "remeanflow")                           # stages whose network knows r as well
-SPANS = 8                                                   # from so many numbers, which it takes for labels
+MAPS = ("meanflow", "remeanflow")                           # methods whose network takes an end time r, too
+SPANS = 8                                                   # features cos(k pi (r - t)), further columns of labels
 
 
 class FlowMap(nn.Module):
-    """The mean velocity u(x, t, r) from t to r, by the network of a Flow with SPANS more labels: cosines of r - t.
+    """The mean velocity u(x, t, r) from t to r: a Flow whose network also gets cos(k pi (r - t)), k = 0 ... SPANS - 1.
 
-    forward: x (B, C, H, W), t (B,), labels (B,) or None, r (B,) -> (B, C, H, W).  Without r the way is 1/steps long: so
-    it stands where a velocity does, and Euler's steps of that length make no error of their own.
+    forward: x (B, C, H, W), t (B,), labels (B,) or None, r (B,) -> (B, C, H, W).  Without r, r = t + 1/steps: so
+    FlowMap(net, n) is integrated like a velocity, in n Euler steps, each exact if u is.
     """
 
     def __init__(self, flow, steps=1):
         super().__init__()
-        self.model = flow.model                             # the name in Flow: the files are those of a wide Flow
+        self.model = flow.model                             # named as in Flow: its file loads as a wider Flow
         self.classes = self.model.classes - SPANS
         self.steps = steps
 
@@ -501,10 +502,10 @@ class FlowMap(nn.Module):
 
 
 def widen(flow, config):
-    """A flow map that is the velocity of a flow, for any r: the cosines have no weight yet."""
+    """A FlowMap that starts equal to a flow, for every r: the new columns of labels have zero weights."""
     wide = Flow(config, 3, flow.classes + SPANS)
     label = torch.zeros_like(wide.model.map_label.weight)
-    if flow.classes:                                        # the network takes labels times sqrt(classes)
+    if flow.classes:                                        # UNet scales by sqrt(classes), now larger
         label[:, :flow.classes] = flow.model.map_label.weight * (flow.classes / wide.classes) ** 0.5
     wide.load_state_dict(wide.state_dict() | flow.state_dict() | {"model.map_label.weight": label})
     return FlowMap(wide)
@@ -551,7 +552,7 @@ def ict_grid(n, device=None, mean=-1.1, std=2.0):
 
 
 def two_times(n, device, same=0.5):
-    """t and r (n,), t <= r, the ends of a uniform interval; in a share of the cases r = t."""
+    """Times t <= r (n,): two sorted uniform draws; with probability `same`, r is set to t."""
     t, r = torch.rand(2, n, device=device).sort(0).values
     return t, torch.where(torch.rand(n, device=device) < same, t, r)
 

@@ -797,7 +797,7 @@ def test_what_each_student_of_pairs_starts_from_and_learns(monkeypatch, weights,
     assert students["rf"] == (straight, straight, 3, 3, 100 - 100 * share)
     assert seen == {(curved, curved, stream, 3, 400 - 400 * share) for stream in (2, 8)}
     for name, teaching in (("meanflow", lesson), ("remeanflow", reflow)):
-        assert chapter.average(teaching, name, run) == {name: {1: 1, 2: 2}}
+        assert chapter.learn_means(teaching, name, run) == {name: {1: 1, 2: 2}}
     assert students["meanflow"] == (curved, "apart", 0) and students["remeanflow"] == (straight, curved, 2, 3, 0)
 
 
@@ -949,7 +949,7 @@ def test_remeanflow_alone_learns_from_reflow(finished, run, monkeypatch):
     """The loss of both is one: the lesson makes the difference."""
     straight, lessons = chapter.Lesson(None, SimpleNamespace(flow=None)), {}
     monkeypatch.setattr(chapter, "straighten", lambda lesson, reflowed, run: straight)
-    monkeypatch.setattr(chapter, "average", lambda lesson, name, run: lessons.update({name: lesson}) or {})
+    monkeypatch.setattr(chapter, "learn_means", lambda lesson, name, run: lessons.update({name: lesson}) or {})
     monkeypatch.setattr(chapter, "report", lambda *arguments: None)
     for method in ("meanflow", "remeanflow"):
         code, _, err = run(*TINY, "--method", method, "--out", method, "--teacher", finished.folder / "1-rf.pt")

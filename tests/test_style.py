@@ -20,7 +20,7 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (820, 820, 200), "02": (1282, 865, 320), "03": (1636, 580, 320), "04": (1815, 713, 325),
+SIZES = {"01": (820, 820, 200), "02": (1282, 865, 320), "03": (1636, 580, 320), "04": (1816, 714, 325),
          "05": (2590, 1848, 2590)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
