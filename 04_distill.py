@@ -64,6 +64,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -182,7 +183,7 @@ def mean_flow_loss(model, ema, step, lesson):
     t, r = two_times(len(x0), x0.device)
     xt = interpolate(x0, x1, t)
     v = x1 - x0
-    bare = getattr(model, "module", model).forward          # around torch.compile and DDP: no jvp through those
+    bare = getattr(model, "module", model).forward          # around torch.compile and DDP, which know no dual numbers
     change = derivative(partial(bare, labels=labels, r=r), xt, t, v)
     return pseudo_huber(model(xt, t, labels, r), v + per_sample(r - t, xt) * change)
 
@@ -190,10 +191,13 @@ def mean_flow_loss(model, ema, step, lesson):
 def derivative(u, x, t, v):
     """du/dt = v grad_x u + d_t u along dx/dt = v, without gradient: a Jacobian-vector product, in one pass forward.
 
-    Without autocast: bf16 would round too much away.  MATH: the only attention kernel with forward derivatives.
+    Dual numbers carry a value and its derivative through the network.  No autocast: bf16 would round too much away.
+    MATH: the only kernel for attention with such derivatives, on MPS only if gradients are on.
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+    no_graph = contextlib.nullcontext() if x.device.type == "mps" else torch.no_grad()
+    with no_graph, torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), dual_level():
+        end = u(make_dual(x, v), make_dual(t, torch.ones_like(t)))
+        return unpack_dual(end).tangent.detach()
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -------------------------------------------------
@@ -391,7 +395,7 @@ def follow_lines(lesson, run):
 
 def learn_means(lesson, name, run):
     """meanflow: from 1-RF, noise and data drawn apart.  remeanflow: from 2-RF, on 1-RF's pairs."""
-    warnings.filterwarnings("ignore", module="torch.jit")   # jvp imports what warns of its own age
+    warnings.filterwarnings("ignore", module="torch.jit")   # dual numbers load what warns of its own age
     start = widen(lesson.teacher.flow, run.config)
     student = train_student(name, start, partial(mean_flow_loss, lesson=lesson), 20 + MAPS.index(name), run)
     return {name: {n: FlowMap(student, n) for n in (1, 2)}}
@@ -825,7 +829,9 @@ def make_optimizer(model, config):
 
 def place(model, device):
     """To the device, in channels_last except on MPS: convolutions are faster, and a compiled graph keeps the layout."""
-    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
+    old = device.type == "cpu" and torch.__version__ < (2, 14)      # group norm has no forward derivative in it there
+    plain = old or device.type == "mps"
+    return model.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
 
 
 def accelerate(model, config):

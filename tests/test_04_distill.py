@@ -585,7 +585,7 @@ def test_two_times_are_the_ends_of_uniform_intervals_and_half_of_these_are_point
 def small_flow(classes, more=0, **settings):
     """Config and a network for classes (and more labels) whose every weight matters, and x, t, r, labels for it."""
     config = chapter.Config(image_size=8, channels=8, mult=(1,), attention=(8,), conditional=classes > 0, **settings)
-    flow = shake(chapter.Flow(config, 3, classes + more))
+    flow = chapter.place(shake(chapter.Flow(config, 3, classes + more)), torch.device("cpu"))
     t, r = torch.rand(2, 4).sort(0).values
     return config, flow, torch.randn(4, 3, 8, 8), t, r, torch.arange(4) % classes if classes else None
 
@@ -600,6 +600,26 @@ def test_the_derivative_is_what_differences_tell_and_r_does_not_move(classes):
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         found = chapter.derivative(u, x, t, v)
     assert found.dtype == torch.float32 and (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_on_mps_the_derivative_is_taken_with_gradients_on(monkeypatch):
+    """There attention without gradients is a kernel that knows no forward derivative.  A CPU plays MPS."""
+    class OnMps(torch.Tensor):
+        device = torch.device("mps")
+
+    def attention(q, k, v):
+        if torch.is_grad_enabled() and q.requires_grad:
+            return by_hand(q, k, v)
+        return torch.ops.aten._scaled_dot_product_attention_math_for_mps(q, k, v)[0]
+    _, flow, x, t, r, labels = small_flow(3, chapter.SPANS)
+    u, v = partial(chapter.FlowMap(flow), labels=labels, r=r), torch.randn_like(x)
+    expected, by_hand = chapter.derivative(u, x, t, v), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(chapter.F, "scaled_dot_product_attention", attention)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        chapter.derivative(u, x, t, v)
+    found = chapter.derivative(u, x.as_subclass(OnMps), t, v)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+    assert not found.requires_grad
 
 
 def test_every_weight_of_a_flow_map_learns_under_bf16_and_dropout():

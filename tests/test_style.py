@@ -20,8 +20,8 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (820, 820, 200), "02": (1282, 865, 320), "03": (1636, 580, 320), "04": (1816, 714, 325),
-         "05": (2590, 1848, 2590)}
+SIZES = {"01": (822, 822, 200), "02": (1285, 865, 320), "03": (1639, 580, 320), "04": (1822, 719, 326),
+         "05": (2592, 1848, 2592)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
 IMPORTERS = {"import_module", "__import__", "run_path", "run_module", "spec_from_file_location", "exec"}
