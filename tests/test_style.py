@@ -20,7 +20,7 @@ from sync_copies import scripts
 
 SECTIONS = ["The method", "Settings", "The experiment"]     # of every script, before anything else
 # Lines of a script; of its own part, above the copied blocks; and the line on which main must have ended
-SIZES = {"01": (822, 822, 200), "02": (1285, 865, 320), "03": (1639, 580, 320), "04": (1822, 719, 326),
+SIZES = {"01": (822, 822, 200), "02": (1285, 865, 320), "03": (1639, 580, 320), "04": (1822, 719, 327),
          "05": (2592, 1848, 2592)}
 PACKAGES = {"torch", "torchvision", "lpips", "matplotlib", "mpl_toolkits", "einops",
             "numpy", "scipy", "PIL", "tqdm"}        # the second row comes along with the first
